@@ -1,0 +1,147 @@
+//! The trait that every device encoding implements, cloud side and device side.
+
+use crate::{Command, OperationId, ProtocolName, Report, Response, Step, ThingName};
+use serde::{Deserialize, Serialize};
+
+/// The largest MQTT payload that AWS IoT takes, in bytes
+/// (<https://docs.aws.amazon.com/general/latest/gr/iot-core.html>).
+pub const MAX_PAYLOAD_BYTES: usize = 128 * 1024;
+
+/// An MQTT message to be published at `QoS` 1.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Publication {
+    /// Where to.
+    pub topic: String,
+    /// What.
+    pub payload: Vec<u8>,
+}
+
+/// A message that the device asked the cloud to send back once its report has taken effect.
+pub type Acknowledgement = Publication;
+
+/// What one message from a device comes to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Received {
+    /// What the device said.
+    pub report: Report,
+    /// What it wants to hear in return.
+    pub acknowledgement: Option<Acknowledgement>,
+}
+
+/// How a device answers one command: kept by the device for as long as the operation lasts.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReplyTo {
+    /// The topic that the command named for its direct answer (USP).
+    pub topic: String,
+    /// The id of the command's message (USP).
+    pub message_id: String,
+    /// Who sent it (USP).
+    pub requester: String,
+}
+
+/// A command as it reached a device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ReceivedCommand {
+    /// What to do.
+    pub command: Command,
+    /// How to answer.
+    pub reply_to: ReplyTo,
+}
+
+/// A message that cannot be read.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum DecodeError {
+    /// No device publishes on this topic.
+    #[error("no device protocol uses the topic {0:?}")]
+    UnknownTopic(String),
+    /// Larger than the broker carries.
+    #[error("the payload has {0} bytes, more than the {MAX_PAYLOAD_BYTES} that a message may have")]
+    TooLarge(usize),
+    /// Not what the protocol says.
+    #[error("{0}")]
+    Malformed(String),
+}
+
+impl DecodeError {
+    pub(crate) fn malformed(what: &str, why: impl std::fmt::Display) -> Self {
+        Self::Malformed(format!("{what}: {why}"))
+    }
+}
+
+/// A device encoding: topics and payloads of one kind of device, in both directions.
+///
+/// The cloud uses the first half, devices (the simulator) the second.
+pub trait DeviceProtocol: Send + Sync {
+    /// The thing whose topic this is, if it is one that such devices publish on.
+    fn thing_of_report(&self, topic: &str) -> Option<ThingName>;
+
+    /// The message that carries a command to a device. `now` is in Unix milliseconds.
+    fn encode_command(&self, thing: &ThingName, command: &Command, now: i64) -> Publication;
+
+    /// Reads what a device said. Fails with a sentence if it cannot be read.
+    fn decode_report(&self, thing: &ThingName, payload: &[u8]) -> Result<Received, DecodeError>;
+
+    /// The topic filter that a device of this kind subscribes to.
+    fn command_filter(&self, thing: &ThingName) -> String;
+
+    /// Reads a command on the device; `None` for messages that are no commands.
+    fn decode_command(
+        &self,
+        topic: &str,
+        payload: &[u8],
+    ) -> Result<Option<ReceivedCommand>, DecodeError>;
+
+    /// The message by which a device answers a command; `None` where the protocol has no word for it (USP agents
+    /// report no progress). `now` is in Unix milliseconds.
+    fn encode_response(
+        &self,
+        thing: &ThingName,
+        response: &Response,
+        reply_to: &ReplyTo,
+        now: i64,
+    ) -> Option<Publication>;
+
+    /// The message by which a device tells that it has booted by itself. `now` is in Unix milliseconds.
+    fn encode_boot(&self, thing: &ThingName, firmware_version: &str, now: i64) -> Publication;
+
+    /// What a device with a known fault sends after a boot that failed: hardly readable, yet a failure.
+    fn encode_malformed_boot_failure(
+        &self,
+        thing: &ThingName,
+        operation: &OperationId,
+        reply_to: &ReplyTo,
+        now: i64,
+    ) -> Publication;
+}
+
+/// The protocol and thing that a topic of a device's report belongs to.
+pub fn protocol_of_topic(topic: &str) -> Result<(ProtocolName, ThingName), DecodeError> {
+    ProtocolName::ALL
+        .into_iter()
+        .find_map(|name| Some((name, name.encoding().thing_of_report(topic)?)))
+        .ok_or_else(|| DecodeError::UnknownTopic(topic.to_owned()))
+}
+
+pub(crate) fn check_size(payload: &[u8]) -> Result<(), DecodeError> {
+    if payload.len() > MAX_PAYLOAD_BYTES {
+        Err(DecodeError::TooLarge(payload.len()))
+    } else {
+        Ok(())
+    }
+}
+
+/// The thing between a topic's prefix and suffix.
+pub(crate) fn thing_between(topic: &str, prefix: &str, suffix: &str) -> Option<ThingName> {
+    topic.strip_prefix(prefix)?.strip_suffix(suffix)?.parse().ok()
+}
+
+/// A report that a step has failed.
+pub(crate) fn failed(
+    step: Step,
+    operation_id: OperationId,
+    code: String,
+    message: String,
+) -> Report {
+    let outcome = crate::StepOutcome::Failed(crate::DeviceFailure { code, message });
+    Report::Response(Response { operation_id, step, outcome })
+}

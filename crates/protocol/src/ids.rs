@@ -1,0 +1,112 @@
+//! Names of things, jobs and operations, valid from the moment they exist.
+
+use serde::{Deserialize, Serialize};
+use std::{fmt, str::FromStr};
+
+/// A text that is no valid id.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{value:?} is no {kind}: expected 1 to {max} characters of {allowed}")]
+pub struct InvalidId {
+    kind: &'static str,
+    value: String,
+    max: usize,
+    allowed: &'static str,
+}
+
+macro_rules! id {
+    ($(#[$doc:meta])* $name:ident, $kind:literal, $max:literal, $allowed:literal, $extra:literal) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+        #[serde(try_from = "String", into = "String")]
+        pub struct $name(String);
+
+        impl $name {
+            /// The id as it stands on the wire.
+            pub fn as_str(&self) -> &str {
+                &self.0
+            }
+        }
+
+        impl FromStr for $name {
+            type Err = InvalidId;
+
+            fn from_str(text: &str) -> Result<Self, InvalidId> {
+                let allowed = |c: char| c.is_ascii_alphanumeric() || $extra.contains(c);
+                if (1..=$max).contains(&text.len()) && text.chars().all(allowed) {
+                    Ok(Self(text.to_owned()))
+                } else {
+                    let value = text.chars().take(200).collect();
+                    Err(InvalidId { kind: $kind, value, max: $max, allowed: $allowed })
+                }
+            }
+        }
+
+        impl TryFrom<String> for $name {
+            type Error = InvalidId;
+
+            fn try_from(text: String) -> Result<Self, InvalidId> {
+                text.parse()
+            }
+        }
+
+        impl From<$name> for String {
+            fn from(id: $name) -> Self {
+                id.0
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(&self.0)
+            }
+        }
+    };
+}
+
+id! {
+    /// A thing's name in the AWS IoT registry, which is its MQTT client id too
+    /// (pattern of the `CreateThing` API).
+    ThingName, "thing name", 128, "a-z A-Z 0-9 : _ -", ":_-"
+}
+id! {
+    /// An AWS IoT job's id (pattern of the `CreateJob` API).
+    JobId, "job id", 64, "a-z A-Z 0-9 _ -", "_-"
+}
+id! {
+    /// One thing that one device is asked to do. Never used twice for a thing: a job's operation is the
+    /// job's id and the number of its execution.
+    OperationId, "operation id", 128, "a-z A-Z 0-9 : _ . @ -", ":_.@-"
+}
+
+impl OperationId {
+    /// The operation by which a job execution upgrades its device. A retried execution has a new number,
+    /// and so never meets an answer to an earlier one.
+    pub fn of_job_execution(job: &JobId, execution_number: i64) -> Self {
+        Self(format!("{job}-{execution_number}"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_are_checked_against_the_patterns_of_the_service() {
+        assert!("gateway:1_a-B".parse::<ThingName>().is_ok());
+        for bad in ["", "a/b", "a#", "a b", "ä", &"x".repeat(129)] {
+            assert!(bad.parse::<ThingName>().is_err(), "{bad}");
+        }
+        assert!("a:b".parse::<JobId>().is_err());
+        let error = "a/b".parse::<ThingName>().unwrap_err().to_string();
+        assert_eq!(
+            error,
+            "\"a/b\" is no thing name: expected 1 to 128 characters of a-z A-Z 0-9 : _ -"
+        );
+    }
+
+    #[test]
+    fn operations_of_two_executions_differ() {
+        let job: JobId = "job-1".parse().unwrap();
+        assert_eq!(OperationId::of_job_execution(&job, 2).as_str(), "job-1-2");
+    }
+}

@@ -1,0 +1,231 @@
+//! JSON devices: `devices/{thing}/firmware_req` and `devices/{thing}/firmware_resp`.
+
+use crate::device::{check_size, failed, thing_between};
+use crate::{
+    Command, DecodeError, DeviceEvent, DeviceProtocol, Firmware, OperationId, Publication,
+    Received, ReceivedCommand, ReplyTo, Report, Response, Step, StepOutcome, ThingName,
+};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+/// The encoding of JSON devices.
+pub(crate) struct Json;
+
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Request {
+    operation_id: OperationId,
+    name: RequestName,
+    #[serde(rename = "type", default)]
+    kind: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    value: Option<Firmware>,
+    #[serde(default)]
+    timestamp: Option<i64>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "SCREAMING_SNAKE_CASE")]
+enum RequestName {
+    DownloadFirmware,
+    CancelDownload,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "SCREAMING_SNAKE_CASE")]
+enum Status {
+    Success,
+    Fail,
+    InProgress,
+}
+
+#[derive(Serialize)]
+struct ErrorBody {
+    code: String,
+    message: String,
+}
+
+/// Devices write an error as an object, a number or a text. A failure must not be lost for its spelling.
+impl<'de> Deserialize<'de> for ErrorBody {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+        Ok(match Value::deserialize(deserializer)? {
+            Value::Object(fields) => Self {
+                code: fields.get("code").map(text).unwrap_or_default(),
+                message: fields.get("message").map(text).unwrap_or_default(),
+            },
+            other => Self { code: text(&other), message: String::new() },
+        })
+    }
+}
+
+/// `type` and `timestamp` may be missing: old devices do not send them.
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Answer {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    operation_id: Option<OperationId>,
+    name: Step,
+    #[serde(rename = "type", default)]
+    kind: Option<String>,
+    status: Status,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    progress: Option<u8>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    firmware_version: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    error: Option<ErrorBody>,
+    #[serde(default)]
+    timestamp: Option<i64>,
+}
+
+impl Answer {
+    fn into_report(self) -> Result<Report, DecodeError> {
+        if self.progress.is_some_and(|progress| progress > 100) {
+            return Err(DecodeError::malformed("progress", "expected 0 to 100"));
+        }
+        let Some(operation_id) = self.operation_id else {
+            let event = match (self.name, self.status) {
+                (Step::DeviceRebooted, Status::Success) => DeviceEvent::Booted {
+                    cause: "Reboot".to_owned(),
+                    firmware_version: self.firmware_version,
+                },
+                (step, _) => {
+                    return Err(DecodeError::malformed(
+                        "operationId",
+                        format!("{} needs one", step.name()),
+                    ));
+                }
+            };
+            return Ok(Report::Event(event));
+        };
+        let outcome = match self.status {
+            Status::Success => StepOutcome::Succeeded { firmware_version: self.firmware_version },
+            Status::InProgress => StepOutcome::InProgress { progress: self.progress },
+            Status::Fail => {
+                let error =
+                    self.error.unwrap_or(ErrorBody { code: String::new(), message: String::new() });
+                return Ok(failed(self.name, operation_id, error.code, error.message));
+            }
+        };
+        Ok(Report::Response(Response { operation_id, step: self.name, outcome }))
+    }
+}
+
+impl DeviceProtocol for Json {
+    fn thing_of_report(&self, topic: &str) -> Option<ThingName> {
+        thing_between(topic, "devices/", "/firmware_resp")
+    }
+
+    fn encode_command(&self, thing: &ThingName, command: &Command, now: i64) -> Publication {
+        let (name, value) = match command {
+            Command::Download { firmware, .. } => {
+                (RequestName::DownloadFirmware, Some(firmware.clone()))
+            }
+            Command::CancelDownload { .. } => (RequestName::CancelDownload, None),
+        };
+        let operation_id = command.operation_id().clone();
+        let request =
+            Request { operation_id, name, kind: Some("REQ".into()), value, timestamp: Some(now) };
+        publication(format!("devices/{thing}/firmware_req"), &request)
+    }
+
+    fn decode_report(&self, _: &ThingName, payload: &[u8]) -> Result<Received, DecodeError> {
+        check_size(payload)?;
+        let answer: Answer = serde_json::from_slice(payload)
+            .map_err(|error| DecodeError::malformed("firmware_resp", error))?;
+        Ok(Received { report: answer.into_report()?, acknowledgement: None })
+    }
+
+    fn command_filter(&self, thing: &ThingName) -> String {
+        format!("devices/{thing}/firmware_req")
+    }
+
+    fn decode_command(
+        &self,
+        _: &str,
+        payload: &[u8],
+    ) -> Result<Option<ReceivedCommand>, DecodeError> {
+        check_size(payload)?;
+        let request: Request = serde_json::from_slice(payload)
+            .map_err(|error| DecodeError::malformed("firmware_req", error))?;
+        let operation_id = request.operation_id;
+        let command = match (request.name, request.value) {
+            (RequestName::DownloadFirmware, Some(firmware)) => {
+                Command::Download { operation_id, firmware }
+            }
+            (RequestName::DownloadFirmware, None) => {
+                return Err(DecodeError::malformed("value", "missing"));
+            }
+            (RequestName::CancelDownload, _) => Command::CancelDownload { operation_id },
+        };
+        Ok(Some(ReceivedCommand { command, reply_to: ReplyTo::default() }))
+    }
+
+    fn encode_response(
+        &self,
+        thing: &ThingName,
+        response: &Response,
+        _: &ReplyTo,
+        now: i64,
+    ) -> Option<Publication> {
+        let (status, progress, firmware_version, error) = match &response.outcome {
+            StepOutcome::Succeeded { firmware_version } => {
+                (Status::Success, None, firmware_version.clone(), None)
+            }
+            StepOutcome::InProgress { progress } => (Status::InProgress, *progress, None, None),
+            StepOutcome::Failed(failure) => {
+                let error =
+                    ErrorBody { code: failure.code.clone(), message: failure.message.clone() };
+                (Status::Fail, None, None, Some(error))
+            }
+        };
+        let answer = Answer {
+            operation_id: Some(response.operation_id.clone()),
+            name: response.step,
+            kind: Some("RESP".into()),
+            status,
+            progress,
+            firmware_version,
+            error,
+            timestamp: Some(now),
+        };
+        Some(publication(format!("devices/{thing}/firmware_resp"), &answer))
+    }
+
+    fn encode_boot(&self, thing: &ThingName, firmware_version: &str, now: i64) -> Publication {
+        let answer = Answer {
+            operation_id: None,
+            name: Step::DeviceRebooted,
+            kind: Some("RESP".into()),
+            status: Status::Success,
+            progress: None,
+            firmware_version: Some(firmware_version.to_owned()),
+            error: None,
+            timestamp: Some(now),
+        };
+        publication(format!("devices/{thing}/firmware_resp"), &answer)
+    }
+
+    fn encode_malformed_boot_failure(
+        &self,
+        thing: &ThingName,
+        operation: &OperationId,
+        _: &ReplyTo,
+        now: i64,
+    ) -> Publication {
+        // The nested error is a text instead of an object, and the answer is still a failure.
+        let payload = format!(
+            r#"{{"operationId":"{operation}","name":"DEVICE_REBOOTED","type":"RESP","status":"FAIL","error":"boot","timestamp":{now}}}"#
+        );
+        Publication {
+            topic: format!("devices/{thing}/firmware_resp"),
+            payload: payload.into_bytes(),
+        }
+    }
+}
+
+fn publication(topic: String, body: &impl Serialize) -> Publication {
+    // Structs of texts and numbers always serialize.
+    Publication { topic, payload: serde_json::to_vec(body).unwrap_or_default() }
+}

@@ -1,0 +1,68 @@
+//! What crosses a process boundary: ids, topics, commands, responses, job documents, domain events,
+//! and the two device encodings.
+//!
+//! No AWS and no I/O in here: the cloud (`fleet`), the devices (`device-simulator`) and the tests share
+//! these types and nothing else.
+
+mod device;
+pub mod events;
+mod ids;
+pub mod job;
+mod json;
+mod operation;
+mod presence;
+mod usp;
+
+pub use device::{
+    Acknowledgement, DecodeError, DeviceProtocol, MAX_PAYLOAD_BYTES, Publication, Received,
+    ReceivedCommand, ReplyTo, protocol_of_topic,
+};
+pub use ids::{InvalidId, JobId, OperationId, ThingName};
+pub use operation::{
+    Command, DeviceEvent, DeviceFailure, Firmware, Report, Response, Step, StepOutcome,
+};
+pub use presence::{Presence, PresenceEvent, PresenceKind};
+
+/// How a device encodes its messages: the value of the job document's and the thing attribute's `protocol`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ProtocolName {
+    /// JSON objects on `devices/{thing}/…`.
+    Json,
+    /// USP 1.1 (TR-369) protobuf records on `agents/{thing}/…`.
+    Usp,
+}
+
+impl ProtocolName {
+    /// Every protocol that the system speaks.
+    pub const ALL: [Self; 2] = [Self::Json, Self::Usp];
+
+    /// The encoding behind the name: the one place that a third protocol is added to.
+    pub fn encoding(self) -> &'static dyn DeviceProtocol {
+        match self {
+            Self::Json => &json::Json,
+            Self::Usp => &usp::Usp,
+        }
+    }
+}
+
+impl std::str::FromStr for ProtocolName {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "json" => Ok(Self::Json),
+            "usp" => Ok(Self::Usp),
+            other => Err(format!("{other:?} is no device protocol: expected \"json\" or \"usp\"")),
+        }
+    }
+}
+
+impl std::fmt::Display for ProtocolName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Json => "json",
+            Self::Usp => "usp",
+        })
+    }
+}

@@ -1,0 +1,125 @@
+//! What the broker says about connections (<https://docs.aws.amazon.com/iot/latest/developerguide/life-cycle-events.html>).
+
+use serde::{Deserialize, Serialize};
+
+/// Connected or not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PresenceKind {
+    /// A connection was opened.
+    Connected,
+    /// It is gone, whatever the reason.
+    Disconnected,
+}
+
+/// A lifecycle event, as the broker publishes it on `$aws/events/presence/{kind}/{clientId}`.
+/// It may come twice and out of order.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PresenceEvent {
+    /// MQTT client id: the thing's name, for devices.
+    pub client_id: String,
+    /// When, in Unix milliseconds.
+    pub timestamp: i64,
+    /// Which of the two.
+    pub event_type: PresenceKind,
+    /// The connection that the event belongs to.
+    pub session_identifier: String,
+    /// Orders the connections of a client; begins again at 0 after about an hour without one.
+    pub version_number: i64,
+}
+
+/// The last that is known of a thing's connection.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Presence {
+    /// Whether the last known connection is open.
+    pub connected: bool,
+    /// Its id.
+    pub session_identifier: String,
+    /// Its number.
+    pub version_number: i64,
+    /// When the broker said so, in Unix milliseconds.
+    pub timestamp: i64,
+}
+
+/// A lower `versionNumber` is a new beginning only after a long silence: the broker forgets the old number
+/// about an hour after the last connection, so half of that tells a restart from a message that came late.
+const RESTART_AFTER_MS: i64 = 30 * 60 * 1000;
+
+impl PresenceEvent {
+    /// Whether this event tells something newer than what is known.
+    pub fn supersedes(&self, known: &Presence) -> bool {
+        if self.session_identifier == known.session_identifier {
+            // A connection opens once and closes once.
+            return self.event_type == PresenceKind::Disconnected && known.connected;
+        }
+        match self.version_number.cmp(&known.version_number) {
+            std::cmp::Ordering::Greater => true,
+            std::cmp::Ordering::Equal => self.timestamp > known.timestamp,
+            std::cmp::Ordering::Less => self.timestamp - known.timestamp >= RESTART_AFTER_MS,
+        }
+    }
+
+    /// What is known once the event has been taken in.
+    pub fn presence(&self) -> Presence {
+        Presence {
+            connected: self.event_type == PresenceKind::Connected,
+            session_identifier: self.session_identifier.clone(),
+            version_number: self.version_number,
+            timestamp: self.timestamp,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn event(kind: PresenceKind, session: &str, version: i64, timestamp: i64) -> PresenceEvent {
+        PresenceEvent {
+            client_id: "gateway-1".into(),
+            timestamp,
+            event_type: kind,
+            session_identifier: session.into(),
+            version_number: version,
+        }
+    }
+
+    #[test]
+    fn the_presence_matrix() {
+        use PresenceKind::{Connected, Disconnected};
+        let connected = event(Connected, "b", 5, 1000).presence();
+        let gone = event(Disconnected, "b", 5, 2000).presence();
+        let cases = [
+            ("the connection closes", event(Disconnected, "b", 5, 2000), &connected, true),
+            ("the same connect again", event(Connected, "b", 5, 1000), &connected, false),
+            ("its connect after its disconnect", event(Connected, "b", 5, 1000), &gone, false),
+            ("the same disconnect again", event(Disconnected, "b", 5, 2000), &gone, false),
+            ("a newer connection", event(Connected, "c", 6, 3000), &gone, true),
+            (
+                "the old one's disconnect after the new connect",
+                event(Disconnected, "a", 4, 3000),
+                &connected,
+                false,
+            ),
+            ("an old connect", event(Connected, "a", 4, 900), &connected, false),
+            (
+                "another session of the same number",
+                event(Connected, "c", 5, 1500),
+                &connected,
+                true,
+            ),
+            (
+                "the number is 0 again after an hour",
+                event(Connected, "c", 0, 3_600_000 + 2000),
+                &gone,
+                true,
+            ),
+            ("a low number shortly after", event(Connected, "c", 0, 60_000), &gone, false),
+        ];
+        for (case, event, known, expected) in cases {
+            assert_eq!(event.supersedes(known), expected, "{case}");
+        }
+    }
+}
