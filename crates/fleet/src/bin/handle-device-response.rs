@@ -1,0 +1,19 @@
+//! `HandleDeviceResponseFunction`
+
+use fleet::workflows::{handle_device_response, rendezvous::Rendezvous};
+use fleet::{aws, config, lambda, queue::DeadLetters};
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> Result<(), lambda_runtime::Error> {
+    let aws = aws::load().await;
+    let adapters = &handle_device_response::Adapters {
+        rendezvous: Rendezvous::new(&aws, config::required("RENDEZVOUS_TABLE")?),
+        sns: aws_sdk_sns::Client::new(&aws),
+        events_topic_arn: config::required("EVENTS_TOPIC_ARN")?,
+        mqtt: aws_sdk_iotdataplane::Client::new(&aws),
+    };
+    let dead_letters = DeadLetters::from_environment(&aws)?;
+    let handle =
+        move |body: String| async move { handle_device_response::handle(adapters, &body).await };
+    lambda::run_queue(&dead_letters, handle).await
+}

@@ -1,0 +1,17 @@
+//! `StartWorkflowFunction`
+
+use fleet::{aws, config, lambda, queue::DeadLetters, workflows::start_workflow};
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> Result<(), lambda_runtime::Error> {
+    let aws = aws::load().await;
+    let adapters = &start_workflow::Adapters {
+        step_functions: aws_sdk_sfn::Client::new(&aws),
+        firmware_upgrade_arn: config::required("FIRMWARE_UPGRADE_ARN")?,
+    };
+    let dead_letters = DeadLetters::from_environment(&aws)?;
+    lambda::run_queue(&dead_letters, move |body| async move {
+        start_workflow::handle(adapters, &body).await
+    })
+    .await
+}

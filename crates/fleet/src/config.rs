@@ -1,0 +1,11 @@
+//! The only reader of environment variables. `template.yaml` sets them.
+
+/// The variable's value. Fails with a sentence that names it: the function's template is wrong then.
+pub fn required(name: &str) -> Result<String, String> {
+    match std::env::var(name) {
+        Ok(value) if !value.is_empty() => Ok(value),
+        _ => Err(format!(
+            "the environment variable {name} is not set: see the function in template.yaml"
+        )),
+    }
+}

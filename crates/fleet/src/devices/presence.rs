@@ -1,0 +1,241 @@
+//! Which devices have a connection, and the workflows that wait for one.
+
+use crate::error::{aws, code};
+use crate::queue::MqttMessage;
+use crate::workflows::rendezvous::{Answer, Operation, Rendezvous};
+use crate::{Error, ErrorName};
+use aws_sdk_dynamodb::types::{AttributeValue, ReturnValue};
+use protocol::{OperationId, Presence, PresenceEvent, PresenceKind, Step, ThingName};
+use serde::Deserialize;
+use std::collections::HashMap;
+
+/// What both handlers reach.
+#[derive(Debug)]
+pub struct Adapters {
+    /// The table of connections.
+    pub connections: Connections,
+    /// Where waiting workflows are.
+    pub rendezvous: Rendezvous,
+}
+
+impl Adapters {
+    /// The tables that the function's environment names.
+    pub fn from_environment(config: &aws_config::SdkConfig) -> Result<Self, String> {
+        Ok(Self {
+            connections: Connections::new(config, crate::config::required("CONNECTIONS_TABLE")?),
+            rendezvous: Rendezvous::new(config, crate::config::required("RENDEZVOUS_TABLE")?),
+        })
+    }
+}
+
+/// What a state machine asks of `await-device`.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct AwaitInput {
+    /// The device.
+    pub thing_name: ThingName,
+    /// The operation that needs it online.
+    pub operation_id: OperationId,
+    /// The waiting state's token.
+    pub task_token: String,
+}
+
+/// A state waits until the device is online: at once, if it is.
+///
+/// The operation is noted in the device's item by the same write that reads its presence, and a connection reads
+/// the noted operations by the same write that records it: whichever comes second wakes the workflow.
+pub async fn await_device(adapters: &Adapters, input: AwaitInput) -> Result<(), Error> {
+    let operation = Operation::new(&input.thing_name, &input.operation_id);
+    let outcome =
+        adapters.rendezvous.expect(&operation, Step::DeviceOnline, &input.task_token, None).await?;
+    let device = adapters.connections.note_waiting(&operation).await?;
+    let online = match &device.presence {
+        Some(presence) => presence.connected,
+        None => adapters.connections.is_connected_by_index(&input.thing_name).await,
+    };
+    tracing::info!(operation = operation.key(), online, ?outcome);
+    if online { wake(adapters, &operation).await } else { Ok(()) }
+}
+
+/// Handles one queued lifecycle event.
+pub async fn track(adapters: &Adapters, body: &str) -> Result<(), Error> {
+    let event: PresenceEvent = MqttMessage::parse(body)?.json()?;
+    // Clients that are no things (a person's test client) may have any id.
+    let Ok(thing) = event.client_id.parse::<ThingName>() else {
+        tracing::info!(client = event.client_id, outcome = "IGNORED", "no thing has this name");
+        return Ok(());
+    };
+    let (device, outcome) = adapters.connections.record(&thing, &event).await?;
+    tracing::info!(thing = thing.as_str(), event = ?event.event_type, session = event.session_identifier, outcome);
+    // Also when the event was known already: an earlier try may have died before it could wake anyone.
+    let online = device.presence.is_some_and(|presence| presence.connected);
+    if online && event.event_type == PresenceKind::Connected {
+        for id in device.awaited_by {
+            wake(adapters, &Operation { thing: thing.clone(), id }).await?;
+        }
+    }
+    Ok(())
+}
+
+async fn wake(adapters: &Adapters, operation: &Operation) -> Result<(), Error> {
+    let online = Answer::Succeeded { firmware_version: None };
+    let outcome = adapters.rendezvous.arrive(operation, Step::DeviceOnline, &online).await?;
+    tracing::info!(operation = operation.key(), step = Step::DeviceOnline.name(), ?outcome);
+    adapters.connections.forget_waiting(operation).await
+}
+
+/// A device's item.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Device {
+    /// Its last known connection; none before its first.
+    pub presence: Option<Presence>,
+    /// The operations that wait for it to come online.
+    pub awaited_by: Vec<OperationId>,
+}
+
+/// The table of connections: one item a thing.
+#[derive(Debug)]
+pub struct Connections {
+    table: String,
+    dynamodb: aws_sdk_dynamodb::Client,
+    iot: aws_sdk_iot::Client,
+}
+
+impl Connections {
+    /// Keeps connections in that table.
+    pub fn new(config: &aws_config::SdkConfig, table: String) -> Self {
+        Self {
+            table,
+            dynamodb: aws_sdk_dynamodb::Client::new(config),
+            iot: aws_sdk_iot::Client::new(config),
+        }
+    }
+
+    /// Takes in an event if it is newer than what is known, by one conditional write; says what is known then.
+    async fn record(
+        &self,
+        thing: &ThingName,
+        event: &PresenceEvent,
+    ) -> Result<(Device, &'static str), Error> {
+        // Two events of one device at the same moment: the loser looks again. More than two is a storm, which the
+        // queue spreads.
+        for _ in 0..3 {
+            let known = self.read(thing).await?;
+            if known.presence.as_ref().is_some_and(|presence| !event.supersedes(presence)) {
+                return Ok((known, "STALE"));
+            }
+            if let Some(device) =
+                self.replace(thing, &event.presence(), known.presence.as_ref()).await?
+            {
+                return Ok((device, "APPLIED"));
+            }
+        }
+        Err(Error::new(ErrorName::Throttled, format!("{thing}: too many presence events at once")))
+    }
+
+    async fn read(&self, thing: &ThingName) -> Result<Device, Error> {
+        let request =
+            self.dynamodb.get_item().table_name(&self.table).key("thing", text(thing.as_str()));
+        let output = request
+            .consistent_read(true)
+            .send()
+            .await
+            .map_err(|error| aws("dynamodb:GetItem", &error))?;
+        Ok(device(output.item.unwrap_or_default()))
+    }
+
+    /// Writes the presence unless somebody else did since `known` was read (`None` then).
+    async fn replace(
+        &self,
+        thing: &ThingName,
+        presence: &Presence,
+        known: Option<&Presence>,
+    ) -> Result<Option<Device>, Error> {
+        let request = self
+            .dynamodb
+            .update_item()
+            .table_name(&self.table)
+            .key("thing", text(thing.as_str()))
+            .update_expression(
+                "SET connected = :connected, sessionIdentifier = :session, versionNumber = :version, #at = :at",
+            )
+            .expression_attribute_names("#at", "timestamp")
+            .expression_attribute_values(":connected", AttributeValue::Bool(presence.connected))
+            .expression_attribute_values(":session", text(&presence.session_identifier))
+            .expression_attribute_values(":version", AttributeValue::N(presence.version_number.to_string()))
+            .expression_attribute_values(":at", AttributeValue::N(presence.timestamp.to_string()))
+            .return_values(ReturnValue::AllNew);
+        let request = match known {
+            None => request.condition_expression("attribute_not_exists(sessionIdentifier)"),
+            Some(known) => request
+                .condition_expression(
+                    "sessionIdentifier = :knownSession AND connected = :knownConnected",
+                )
+                .expression_attribute_values(":knownSession", text(&known.session_identifier))
+                .expression_attribute_values(
+                    ":knownConnected",
+                    AttributeValue::Bool(known.connected),
+                ),
+        };
+        match request.send().await {
+            Ok(output) => Ok(Some(device(output.attributes.unwrap_or_default()))),
+            Err(error) if code(&error) == Some("ConditionalCheckFailedException") => Ok(None),
+            Err(error) => Err(aws("dynamodb:UpdateItem", &error)),
+        }
+    }
+
+    async fn note_waiting(&self, operation: &Operation) -> Result<Device, Error> {
+        self.change_waiting(operation, "ADD awaitedBy :operation").await
+    }
+
+    async fn forget_waiting(&self, operation: &Operation) -> Result<(), Error> {
+        self.change_waiting(operation, "DELETE awaitedBy :operation").await.map(|_| ())
+    }
+
+    async fn change_waiting(&self, operation: &Operation, change: &str) -> Result<Device, Error> {
+        let output = self
+            .dynamodb
+            .update_item()
+            .table_name(&self.table)
+            .key("thing", text(operation.thing.as_str()))
+            .update_expression(change)
+            .expression_attribute_values(
+                ":operation",
+                AttributeValue::Ss(vec![operation.id.to_string()]),
+            )
+            .return_values(ReturnValue::AllNew)
+            .send()
+            .await
+            .map_err(|error| aws("dynamodb:UpdateItem", &error))?;
+        Ok(device(output.attributes.unwrap_or_default()))
+    }
+
+    /// Asks fleet indexing about a device of which no event has come yet: it was connected before this stack was
+    /// deployed, or never. Unknown counts as not connected.
+    async fn is_connected_by_index(&self, thing: &ThingName) -> bool {
+        match self.iot.get_thing_connectivity_data().thing_name(thing.as_str()).send().await {
+            Ok(output) => output.connected.unwrap_or(false),
+            Err(error) => {
+                let error = aws("iot:GetThingConnectivityData", &error);
+                tracing::warn!(
+                    thing = thing.as_str(),
+                    error = error.name.as_str(),
+                    message = error.message
+                );
+                false
+            }
+        }
+    }
+}
+
+fn device(mut item: HashMap<String, AttributeValue>) -> Device {
+    let awaited_by = match item.remove("awaitedBy") {
+        Some(AttributeValue::Ss(ids)) => ids.iter().filter_map(|id| id.parse().ok()).collect(),
+        _ => Vec::new(),
+    };
+    Device { presence: serde_dynamo::from_item(item).ok(), awaited_by }
+}
+
+fn text(value: impl Into<String>) -> AttributeValue {
+    AttributeValue::S(value.into())
+}

@@ -1,0 +1,198 @@
+//! The one list of error names, and how AWS's errors map to it.
+
+use aws_sdk_dynamodb::error::{ProvideErrorMetadata, SdkError};
+use lambda_runtime::Diagnostic;
+use serde::{Deserialize, Serialize};
+use std::fmt;
+
+/// The name of everything that can go wrong. State machines catch by these names, job executions carry them as
+/// their reason, logs and dead letters are found by them; so a name, once given, stays.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum ErrorName {
+    /// A field of a payload is missing, unknown or out of range.
+    InvalidInput,
+    /// A device's message cannot be read.
+    MalformedMessage,
+    /// The job id belongs to a job that was made from another payload.
+    JobConflict,
+    /// The job's target, a thing or thing group, does not exist.
+    TargetNotFound,
+    /// There is no image under that key in the firmware bucket.
+    ArtifactNotFound,
+    /// The thing is not in the registry.
+    DeviceNotFound,
+    /// The thing's attribute `upgradable` is `false`.
+    NotUpgradable,
+    /// The device refused the command.
+    DownloadRefused,
+    /// The image did not get to the device.
+    TransferFailed,
+    /// The image arrived, but the device could not check or write it.
+    InstallFailed,
+    /// The device booted its old image.
+    ActivationFailed,
+    /// The device rebooted and reports another version than the target.
+    VersionMismatch,
+    /// No answer came within a step's deadline.
+    DeviceTimedOut,
+    /// The job execution was cancelled, removed or rejected while its workflow ran.
+    JobCanceled,
+    /// The job's own timer ended the job execution while its workflow ran.
+    JobTimedOut,
+    /// The workflow was stopped by hand or by the limit of its whole duration, and could not report.
+    WorkflowStopped,
+    /// An AWS API refused for its rate: try again later.
+    Throttled,
+    /// An AWS API did not answer, or with an error of its own: try again later.
+    ServiceUnavailable,
+    /// An AWS API refused for good: a missing permission, a missing resource, a bad request.
+    ServiceError,
+}
+
+impl ErrorName {
+    /// Every name.
+    pub const ALL: [Self; 19] = [
+        Self::InvalidInput,
+        Self::MalformedMessage,
+        Self::JobConflict,
+        Self::TargetNotFound,
+        Self::ArtifactNotFound,
+        Self::DeviceNotFound,
+        Self::NotUpgradable,
+        Self::DownloadRefused,
+        Self::TransferFailed,
+        Self::InstallFailed,
+        Self::ActivationFailed,
+        Self::VersionMismatch,
+        Self::DeviceTimedOut,
+        Self::JobCanceled,
+        Self::JobTimedOut,
+        Self::WorkflowStopped,
+        Self::Throttled,
+        Self::ServiceUnavailable,
+        Self::ServiceError,
+    ];
+
+    /// The name, as state machines and logs write it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::InvalidInput => "InvalidInput",
+            Self::MalformedMessage => "MalformedMessage",
+            Self::JobConflict => "JobConflict",
+            Self::TargetNotFound => "TargetNotFound",
+            Self::ArtifactNotFound => "ArtifactNotFound",
+            Self::DeviceNotFound => "DeviceNotFound",
+            Self::NotUpgradable => "NotUpgradable",
+            Self::DownloadRefused => "DownloadRefused",
+            Self::TransferFailed => "TransferFailed",
+            Self::InstallFailed => "InstallFailed",
+            Self::ActivationFailed => "ActivationFailed",
+            Self::VersionMismatch => "VersionMismatch",
+            Self::DeviceTimedOut => "DeviceTimedOut",
+            Self::JobCanceled => "JobCanceled",
+            Self::JobTimedOut => "JobTimedOut",
+            Self::WorkflowStopped => "WorkflowStopped",
+            Self::Throttled => "Throttled",
+            Self::ServiceUnavailable => "ServiceUnavailable",
+            Self::ServiceError => "ServiceError",
+        }
+    }
+
+    /// Whether trying again can help. What AWS refuses for good may pass once an operator has mended a permission.
+    pub fn is_transient(self) -> bool {
+        matches!(self, Self::Throttled | Self::ServiceUnavailable | Self::ServiceError)
+    }
+}
+
+impl fmt::Display for ErrorName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// What went wrong: a stable name for machines and a sentence for people.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{name}: {message}")]
+pub struct Error {
+    /// The name.
+    pub name: ErrorName,
+    /// The sentence.
+    pub message: String,
+}
+
+impl Error {
+    /// An error of that name.
+    pub fn new(name: ErrorName, message: impl Into<String>) -> Self {
+        Self { name, message: message.into() }
+    }
+
+    /// A payload's field is not as it must be.
+    pub fn invalid(field: &str, value: impl fmt::Display, expected: &str) -> Self {
+        Self::new(ErrorName::InvalidInput, format!("{field}: got {value}, expected {expected}"))
+    }
+}
+
+/// Lambda reports `name` as the `errorType` that a state machine's Retry and Catch match.
+impl From<Error> for Diagnostic {
+    fn from(error: Error) -> Self {
+        Self { error_type: error.name.as_str().to_owned(), error_message: error.message }
+    }
+}
+
+impl From<protocol::DecodeError> for Error {
+    fn from(error: protocol::DecodeError) -> Self {
+        Self::new(ErrorName::MalformedMessage, error.to_string())
+    }
+}
+
+/// The error code that an AWS API answered with, such as `ResourceNotFoundException`.
+pub fn code<E: ProvideErrorMetadata, R>(error: &SdkError<E, R>) -> Option<&str> {
+    error.as_service_error().and_then(ProvideErrorMetadata::code)
+}
+
+/// Names the error of an AWS API call. `action` is the call, such as `iot:CreateJob`.
+pub fn aws<E, R>(action: &str, error: &SdkError<E, R>) -> Error
+where
+    E: ProvideErrorMetadata + std::error::Error + 'static,
+    R: fmt::Debug,
+{
+    let Some(service_error) = error.as_service_error() else {
+        let error = aws_sdk_dynamodb::error::DisplayErrorContext(error).to_string();
+        return Error::new(ErrorName::ServiceUnavailable, format!("{action}: {error}"));
+    };
+    let code = service_error.code().unwrap_or("Unknown");
+    let message = format!("{action}: {code}: {}", service_error.message().unwrap_or("no message"));
+    let name = match code {
+        "ThrottlingException"
+        | "Throttling"
+        | "ThrottledException"
+        | "Throttled"
+        | "TooManyRequestsException"
+        | "RequestLimitExceeded"
+        | "LimitExceededException"
+        | "ProvisionedThroughputExceededException"
+        | "TransactionInProgressException"
+        | "SlowDown" => ErrorName::Throttled,
+        "InternalFailureException"
+        | "InternalFailure"
+        | "InternalServerError"
+        | "InternalException"
+        | "ServiceUnavailableException"
+        | "ServiceUnavailable" => ErrorName::ServiceUnavailable,
+        _ => ErrorName::ServiceError,
+    };
+    Error::new(name, message)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_is_the_same_in_rust_json_and_lambda() {
+        for name in ErrorName::ALL {
+            assert_eq!(serde_json::to_value(name).unwrap(), name.as_str());
+            assert_eq!(Diagnostic::from(Error::new(name, "why")).error_type, name.as_str());
+        }
+    }
+}

@@ -1,0 +1,681 @@
+//! Makes an AWS IoT job out of a user's payload.
+
+use crate::error::{aws, code};
+use crate::{Error, ErrorName};
+use aws_sdk_iot::operation::describe_job_template::DescribeJobTemplateOutput;
+use aws_sdk_iot::types::{
+    AbortAction, AbortConfig, AbortCriteria, ExponentialRolloutRate, JobExecutionFailureType,
+    JobExecutionsRolloutConfig, RateIncreaseCriteria, TargetSelection, TimeoutConfig,
+};
+use base64::{Engine, prelude::BASE64_STANDARD};
+use protocol::job::{Artifact, JobDocument};
+use protocol::{JobId, ProtocolName};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use std::ops::RangeInclusive;
+
+/// What the handler reaches.
+#[derive(Debug)]
+pub struct Adapters {
+    /// Jobs and job templates.
+    pub iot: aws_sdk_iot::Client,
+    /// Images.
+    pub s3: aws_sdk_s3::Client,
+    /// Where the stack is.
+    pub stack: Stack,
+}
+
+/// Where the stack is.
+#[derive(Debug)]
+pub struct Stack {
+    /// Its account's 12 digits.
+    pub account: String,
+    /// Its Region.
+    pub region: String,
+    /// The name of its job template.
+    pub job_template: String,
+    /// The name of its firmware bucket.
+    pub firmware_bucket: String,
+}
+
+/// The payload. The first three fields are all that a user must give.
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Input {
+    /// The version that the devices shall run: `SemVer`, such as `1.2.3`.
+    pub firmware_version: String,
+    /// Who or what asks for the upgrade, such as `manual`.
+    pub upgrade_trigger: String,
+    /// ARN of a thing or a thing group of this account and Region.
+    pub target_arn: String,
+    /// The job's id. With one, the same call again makes no second job.
+    #[serde(default, skip_serializing)]
+    pub job_id: Option<JobId>,
+    /// Whether things that join the group later are upgraded too. Default: `SNAPSHOT`, they are not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub target_selection: Option<Selection>,
+    /// How fast devices are told. Default: as the job template says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rollout: Option<Rollout>,
+    /// When to give the whole job up. Default: as the job template says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub abort: Option<Abort>,
+    /// How long one device's upgrade may take in all, in minutes. Default: as the job template says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timeout_minutes: Option<u32>,
+    /// The image. Default: `firmware/{firmwareVersion}` in the stack's firmware bucket.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub artifact: Option<Artifact>,
+    /// How to talk to the devices. Default: each thing's attribute `protocol`, else `json`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub protocol: Option<ProtocolName>,
+}
+
+/// Which things a job on a group is for.
+#[derive(Debug, Clone, Copy, Deserialize, Serialize)]
+#[serde(rename_all = "UPPERCASE")]
+pub enum Selection {
+    /// Those that are in the group now.
+    Snapshot,
+    /// Those too that join it later.
+    Continuous,
+}
+
+/// How fast devices are told of a job.
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Rollout {
+    /// At most so many devices a minute.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub maximum_per_minute: Option<i32>,
+    /// Slow at first, then faster.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exponential_rate: Option<ExponentialRate>,
+}
+
+/// A rollout that gathers speed.
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ExponentialRate {
+    /// Devices a minute at first.
+    pub base_rate_per_minute: i32,
+    /// By how much the rate is multiplied each time.
+    pub increment_factor: f64,
+    /// Faster after each so many devices that were told …
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub number_of_notified_things: Option<i32>,
+    /// … or after each so many that succeeded.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub number_of_succeeded_things: Option<i32>,
+}
+
+/// When to give the whole job up.
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Abort {
+    /// If this percentage of devices has failed …
+    pub percentage: f64,
+    /// … of at least so many that have ended.
+    pub minimum_executed: i32,
+}
+
+/// What the caller gets.
+#[derive(Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Output {
+    /// The job's id.
+    pub job_id: JobId,
+    /// Its ARN.
+    pub job_arn: String,
+}
+
+/// Creates the job, or returns the one that the same payload has made before.
+pub async fn handle(adapters: &Adapters, input: Input) -> Result<Output, Error> {
+    input.validate(&adapters.stack)?;
+    let template = job_template(adapters).await?;
+    let document = document(adapters, &input, &template).await?;
+    let job_id = match &input.job_id {
+        Some(id) => id.clone(),
+        None => generated_id()?,
+    };
+    create(adapters, input, job_id, &document, template).await
+}
+
+async fn job_template(adapters: &Adapters) -> Result<DescribeJobTemplateOutput, Error> {
+    let request =
+        adapters.iot.describe_job_template().job_template_id(&adapters.stack.job_template);
+    request.send().await.map_err(|error| aws("iot:DescribeJobTemplate", &error))
+}
+
+async fn create(
+    adapters: &Adapters,
+    input: Input,
+    job_id: JobId,
+    document: &JobDocument,
+    template: DescribeJobTemplateOutput,
+) -> Result<Output, Error> {
+    let text = serde_json::to_string(document).map_err(|error| unbuilt(&error))?;
+    let timeout = TimeoutConfig::builder()
+        .in_progress_timeout_in_minutes(i64::from(document.timeout_minutes))
+        .build();
+    let rollout = input.rollout.as_ref().map(rollout_config).transpose()?;
+    let abort = input.abort.as_ref().map(abort_config).transpose()?;
+    let result = adapters
+        .iot
+        .create_job()
+        .job_id(job_id.as_str())
+        .targets(&input.target_arn)
+        .document(text)
+        .description(format!("Firmware {} ({})", input.firmware_version, input.upgrade_trigger))
+        .target_selection(match input.target_selection {
+            Some(Selection::Continuous) => TargetSelection::Continuous,
+            Some(Selection::Snapshot) | None => TargetSelection::Snapshot,
+        })
+        .timeout_config(timeout)
+        .set_job_executions_rollout_config(rollout.or(template.job_executions_rollout_config))
+        .set_abort_config(abort.or(template.abort_config))
+        .send()
+        .await;
+    match result {
+        Ok(output) => Ok(Output { job_id, job_arn: output.job_arn.unwrap_or_default() }),
+        Err(error) => match code(&error) {
+            Some("ResourceAlreadyExistsException") => {
+                existing(adapters, job_id, &document.request_digest).await
+            }
+            Some("ResourceNotFoundException") => {
+                let message = format!("targetArn: {} does not exist", input.target_arn);
+                Err(Error::new(ErrorName::TargetNotFound, message))
+            }
+            _ => Err(aws("iot:CreateJob", &error)),
+        },
+    }
+}
+
+/// The job that has the id already, if it was made from the same payload.
+async fn existing(adapters: &Adapters, job_id: JobId, digest: &str) -> Result<Output, Error> {
+    let request = adapters.iot.get_job_document().job_id(job_id.as_str());
+    let document =
+        request.send().await.map_err(|error| aws("iot:GetJobDocument", &error))?.document;
+    let theirs: Option<JobDocument> = document.and_then(|text| serde_json::from_str(&text).ok());
+    if theirs.is_none_or(|theirs| theirs.request_digest != digest) {
+        let message =
+            format!("jobId: {job_id} belongs to a job with another payload; choose another id");
+        return Err(Error::new(ErrorName::JobConflict, message));
+    }
+    let request = adapters.iot.describe_job().job_id(job_id.as_str());
+    let job = request.send().await.map_err(|error| aws("iot:DescribeJob", &error))?.job;
+    Ok(Output { job_id, job_arn: job.and_then(|job| job.job_arn).unwrap_or_default() })
+}
+
+/// The job template's document with what this job is about.
+async fn document(
+    adapters: &Adapters,
+    input: &Input,
+    template: &DescribeJobTemplateOutput,
+) -> Result<JobDocument, Error> {
+    let text = template.document.as_deref().unwrap_or_default();
+    let mut document: serde_json::Map<String, serde_json::Value> = serde_json::from_str(text)
+        .map_err(|error| {
+            let name = &adapters.stack.job_template;
+            Error::new(
+                ErrorName::ServiceError,
+                format!("the document of the job template {name}: {error}"),
+            )
+        })?;
+    let mut put = |name: &str, value: serde_json::Value| document.insert(name.to_owned(), value);
+    put("firmwareVersion", input.firmware_version.as_str().into());
+    put("upgradeTrigger", input.upgrade_trigger.as_str().into());
+    put("requestDigest", digest(input)?.into());
+    put(
+        "artifact",
+        serde_json::to_value(artifact(adapters, input).await?).map_err(|error| unbuilt(&error))?,
+    );
+    if let Some(minutes) = input.timeout_minutes {
+        put("timeoutMinutes", minutes.into());
+    }
+    if let Some(protocol) = input.protocol {
+        put("protocol", protocol.to_string().into());
+    }
+    serde_json::from_value(document.into()).map_err(|error| {
+        let name = &adapters.stack.job_template;
+        Error::new(
+            ErrorName::ServiceError,
+            format!("the document of the job template {name}: {error}"),
+        )
+    })
+}
+
+/// The image that devices will be told of: one in the bucket is looked up now, so that a mistake shows at once and
+/// not on every device.
+async fn artifact(adapters: &Adapters, input: &Input) -> Result<Artifact, Error> {
+    let mut artifact = input.artifact.clone().unwrap_or_default();
+    if artifact.url.is_some() {
+        return Ok(artifact);
+    }
+    let key =
+        artifact.key.clone().unwrap_or_else(|| format!("firmware/{}", input.firmware_version));
+    let bucket = &adapters.stack.firmware_bucket;
+    let found =
+        adapters.s3.head_object().bucket(bucket).key(&key).send().await.map_err(|error| {
+            if error
+                .as_service_error()
+                .is_some_and(aws_sdk_s3::operation::head_object::HeadObjectError::is_not_found)
+            {
+                let message =
+                    format!("artifact: s3://{bucket}/{key} does not exist; upload the image first");
+                return Error::new(ErrorName::ArtifactNotFound, message);
+            }
+            aws("s3:HeadObject", &error)
+        })?;
+    let length = found.content_length.and_then(|length| u64::try_from(length).ok());
+    if let (Some(given), Some(length)) = (artifact.size, length)
+        && given != length
+    {
+        return Err(Error::invalid(
+            "artifact.size",
+            given,
+            &format!("the object's {length} bytes"),
+        ));
+    }
+    let metadata =
+        |name: &str| found.metadata.as_ref().and_then(|metadata| metadata.get(name)).cloned();
+    artifact.size = artifact.size.or(length);
+    artifact.sha256 = artifact.sha256.or_else(|| metadata("sha256"));
+    artifact.signature = artifact.signature.or_else(|| metadata("signature"));
+    artifact.bucket = Some(bucket.clone());
+    artifact.key = Some(key);
+    Ok(artifact)
+}
+
+/// Tells one request from another; the job id is no part of it.
+fn digest(input: &Input) -> Result<String, Error> {
+    let canonical = serde_json::to_vec(input).map_err(|error| unbuilt(&error))?;
+    Ok(Sha256::digest(canonical).iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+fn generated_id() -> Result<JobId, Error> {
+    let id = format!("FirmwareUpgrade-{}", uuid::Uuid::new_v4().simple());
+    id.parse().map_err(|error| unbuilt(&error))
+}
+
+fn rollout_config(rollout: &Rollout) -> Result<JobExecutionsRolloutConfig, Error> {
+    let rate = rollout.exponential_rate.as_ref().map(|rate| {
+        let criteria = RateIncreaseCriteria::builder()
+            .set_number_of_notified_things(rate.number_of_notified_things)
+            .set_number_of_succeeded_things(rate.number_of_succeeded_things)
+            .build();
+        ExponentialRolloutRate::builder()
+            .base_rate_per_minute(rate.base_rate_per_minute)
+            .increment_factor(rate.increment_factor)
+            .rate_increase_criteria(criteria)
+            .build()
+    });
+    Ok(JobExecutionsRolloutConfig::builder()
+        .set_maximum_per_minute(rollout.maximum_per_minute)
+        .set_exponential_rate(rate.transpose().map_err(|error| unbuilt(&error))?)
+        .build())
+}
+
+fn abort_config(abort: &Abort) -> Result<AbortConfig, Error> {
+    let criteria = AbortCriteria::builder()
+        .failure_type(JobExecutionFailureType::All)
+        .action(AbortAction::Cancel)
+        .threshold_percentage(abort.percentage)
+        .min_number_of_executed_things(abort.minimum_executed)
+        .build()
+        .map_err(|error| unbuilt(&error))?;
+    AbortConfig::builder().criteria_list(criteria).build().map_err(|error| unbuilt(&error))
+}
+
+fn unbuilt(error: &impl std::fmt::Display) -> Error {
+    Error::new(ErrorName::ServiceError, error.to_string())
+}
+
+impl Input {
+    /// Ranges are those of the `CreateJob` API
+    /// (<https://docs.aws.amazon.com/iot/latest/apireference/API_CreateJob.html> and the types that it links).
+    fn validate(&self, stack: &Stack) -> Result<(), Error> {
+        if semver::Version::parse(&self.firmware_version).is_err() {
+            let expected = "a semantic version such as 1.2.3";
+            return Err(Error::invalid(
+                "firmwareVersion",
+                quoted(&self.firmware_version),
+                expected,
+            ));
+        }
+        let trigger = &self.upgrade_trigger;
+        if !(1..=64).contains(&trigger.len())
+            || !trigger.chars().all(|c| c.is_ascii_alphanumeric() || "_-.: ".contains(c))
+        {
+            let expected = "1 to 64 letters, digits, spaces and _ - . :";
+            return Err(Error::invalid("upgradeTrigger", quoted(trigger), expected));
+        }
+        self.validate_target(stack)?;
+        in_range("timeoutMinutes", self.timeout_minutes, 1..=10_080)?;
+        self.rollout.as_ref().map_or(Ok(()), Rollout::validate)?;
+        self.abort.as_ref().map_or(Ok(()), Abort::validate)?;
+        self.artifact.as_ref().map_or(Ok(()), |artifact| validate_artifact(artifact, stack))
+    }
+
+    fn validate_target(&self, stack: &Stack) -> Result<(), Error> {
+        let (region, account) = (&stack.region, &stack.account);
+        let parts: Vec<&str> = self.target_arn.splitn(6, ':').collect();
+        let well_formed = match parts.as_slice() {
+            ["arn", partition, "iot", arn_region, arn_account, resource] => {
+                partition.starts_with("aws")
+                    && arn_region == region
+                    && arn_account == account
+                    && resource
+                        .strip_prefix("thing/")
+                        .or_else(|| resource.strip_prefix("thinggroup/"))
+                        .is_some_and(|name| name.parse::<protocol::ThingName>().is_ok())
+            }
+            _ => false,
+        };
+        if well_formed {
+            return Ok(());
+        }
+        let expected =
+            format!("the ARN of a thing or thing group of account {account} in {region}");
+        Err(Error::invalid("targetArn", quoted(&self.target_arn), &expected))
+    }
+}
+
+impl Rollout {
+    fn validate(&self) -> Result<(), Error> {
+        in_range("rollout.maximumPerMinute", self.maximum_per_minute, 1..=1000)?;
+        let Some(rate) = &self.exponential_rate else { return Ok(()) };
+        in_range(
+            "rollout.exponentialRate.baseRatePerMinute",
+            Some(rate.base_rate_per_minute),
+            1..=1000,
+        )?;
+        in_range(
+            "rollout.exponentialRate.incrementFactor",
+            Some(rate.increment_factor),
+            1.1..=5.0,
+        )?;
+        let field = "rollout.exponentialRate.numberOfNotifiedThings";
+        in_range(field, rate.number_of_notified_things, 1..=i32::MAX)?;
+        in_range(
+            "rollout.exponentialRate.numberOfSucceededThings",
+            rate.number_of_succeeded_things,
+            1..=i32::MAX,
+        )?;
+        match (rate.number_of_notified_things, rate.number_of_succeeded_things) {
+            (Some(_), None) | (None, Some(_)) => Ok(()),
+            (None, None) => {
+                Err(Error::invalid(field, "nothing", "this or numberOfSucceededThings"))
+            }
+            (Some(_), Some(_)) => {
+                Err(Error::invalid(field, "numberOfSucceededThings too", "one of the two"))
+            }
+        }
+    }
+}
+
+impl Abort {
+    fn validate(&self) -> Result<(), Error> {
+        in_range("abort.percentage", Some(self.percentage), 0.01..=100.0)?;
+        in_range("abort.minimumExecuted", Some(self.minimum_executed), 1..=i32::MAX)
+    }
+}
+
+fn validate_artifact(artifact: &Artifact, stack: &Stack) -> Result<(), Error> {
+    match (&artifact.url, &artifact.key) {
+        (Some(url), None) if artifact.bucket.is_none() => {
+            if !(url.starts_with("https://") || url.starts_with("http://")) || url.len() > 2048 {
+                let expected = "an http or https address of at most 2048 characters";
+                return Err(Error::invalid("artifact.url", quoted(url), expected));
+            }
+        }
+        (Some(_), _) => {
+            return Err(Error::invalid(
+                "artifact.url",
+                "bucket or key too",
+                "either url, or bucket and key",
+            ));
+        }
+        (None, Some(key)) if key.is_empty() || key.len() > 1024 => {
+            return Err(Error::invalid("artifact.key", quoted(key), "1 to 1024 bytes"));
+        }
+        (None, _) => {}
+    }
+    if let Some(bucket) =
+        artifact.bucket.as_ref().filter(|bucket| **bucket != stack.firmware_bucket)
+    {
+        let expected = format!(
+            "the stack's bucket {}, the only one that it may sign for",
+            stack.firmware_bucket
+        );
+        return Err(Error::invalid("artifact.bucket", quoted(bucket), &expected));
+    }
+    let hex = |sha256: &String| sha256.len() == 64 && sha256.chars().all(|c| c.is_ascii_hexdigit());
+    if let Some(sha256) = artifact.sha256.as_ref().filter(|sha256| !hex(sha256)) {
+        return Err(Error::invalid("artifact.sha256", quoted(sha256), "64 hexadecimal digits"));
+    }
+    in_range("artifact.size", artifact.size, 1..=u64::MAX)?;
+    let signature =
+        |text: &String| BASE64_STANDARD.decode(text).is_ok_and(|bytes| bytes.len() == 64);
+    if let Some(text) = artifact.signature.as_ref().filter(|text| !signature(text)) {
+        return Err(Error::invalid(
+            "artifact.signature",
+            quoted(text),
+            "an Ed25519 signature: 64 bytes in base64",
+        ));
+    }
+    Ok(())
+}
+
+fn in_range<T>(field: &str, value: Option<T>, range: RangeInclusive<T>) -> Result<(), Error>
+where
+    T: PartialOrd + std::fmt::Display + Copy,
+{
+    match value {
+        Some(value) if !range.contains(&value) => {
+            Err(Error::invalid(field, value, &format!("{} to {}", range.start(), range.end())))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn quoted(text: &str) -> String {
+    format!("{:?}", text.chars().take(200).collect::<String>())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use aws_sdk_iot::operation::create_job::{CreateJobError, CreateJobOutput};
+    use aws_sdk_iot::operation::describe_job::DescribeJobOutput;
+    use aws_sdk_iot::operation::get_job_document::GetJobDocumentOutput;
+    use aws_sdk_iot::types::error::ResourceAlreadyExistsException;
+    use aws_sdk_s3::operation::head_object::{HeadObjectError, HeadObjectOutput};
+    use aws_smithy_mocks::{RuleMode, mock, mock_client};
+    use serde_json::{Value, json};
+
+    const GROUP: &str = "arn:aws:iot:eu-west-1:000000000000:thinggroup/gateways";
+
+    fn stack() -> Stack {
+        Stack {
+            account: "000000000000".into(),
+            region: "eu-west-1".into(),
+            job_template: "fleetflow-firmware-upgrade".into(),
+            firmware_bucket: "firmware".into(),
+        }
+    }
+
+    fn input(extra: Value) -> Input {
+        let mut payload =
+            json!({"firmwareVersion": "1.2.3", "upgradeTrigger": "manual", "targetArn": GROUP});
+        if let (Value::Object(payload), Value::Object(extra)) = (&mut payload, extra) {
+            payload.extend(extra);
+        }
+        serde_json::from_value(payload).unwrap()
+    }
+
+    fn template_rule() -> aws_smithy_mocks::Rule {
+        mock!(aws_sdk_iot::Client::describe_job_template).then_output(|| {
+            let document = r#"{"version":"1.0","workflow":"firmware-upgrade","timeoutMinutes":60}"#;
+            DescribeJobTemplateOutput::builder().document(document).build()
+        })
+    }
+
+    fn image_rule() -> aws_smithy_mocks::Rule {
+        mock!(aws_sdk_s3::Client::head_object)
+            .match_requests(|request| request.key() == Some("firmware/1.2.3"))
+            .then_output(|| {
+                HeadObjectOutput::builder()
+                    .content_length(7)
+                    .metadata("sha256", "ab".repeat(32))
+                    .build()
+            })
+    }
+
+    fn adapters(iot: &[&aws_smithy_mocks::Rule], s3: &aws_smithy_mocks::Rule) -> Adapters {
+        Adapters {
+            iot: mock_client!(aws_sdk_iot, RuleMode::MatchAny, iot),
+            s3: mock_client!(aws_sdk_s3, RuleMode::MatchAny, [s3]),
+            stack: stack(),
+        }
+    }
+
+    #[tokio::test]
+    async fn the_three_fields_are_enough() {
+        let create = mock!(aws_sdk_iot::Client::create_job)
+            .match_requests(|request| {
+                let document: JobDocument =
+                    serde_json::from_str(request.document().unwrap()).unwrap();
+                document.artifact.key.as_deref() == Some("firmware/1.2.3")
+                    && document.artifact.size == Some(7)
+                    && document.artifact.sha256 == Some("ab".repeat(32))
+                    && document.timeout_minutes == 60
+                    && request.targets() == [GROUP]
+                    && request.job_id().unwrap().starts_with("FirmwareUpgrade-")
+            })
+            .then_output(|| CreateJobOutput::builder().job_arn("arn:job").build());
+        let (template, image) = (template_rule(), image_rule());
+        let output =
+            handle(&adapters(&[&template, &create], &image), input(json!({}))).await.unwrap();
+        assert_eq!(output.job_arn, "arn:job");
+        assert_eq!(create.num_calls(), 1);
+    }
+
+    #[tokio::test]
+    async fn the_same_payload_again_is_the_same_job_and_another_is_a_conflict() {
+        let exists = || {
+            mock!(aws_sdk_iot::Client::create_job).then_error(|| {
+                let error = ResourceAlreadyExistsException::builder();
+                let code = aws_sdk_iot::error::ErrorMetadata::builder()
+                    .code("ResourceAlreadyExistsException")
+                    .build();
+                CreateJobError::ResourceAlreadyExistsException(error.meta(code).build())
+            })
+        };
+        let request = input(json!({"jobId": "job-1"}));
+        let digest = digest(&request).unwrap();
+        for (theirs, expected) in
+            [(digest, Ok("arn:job-1")), ("another".to_owned(), Err(ErrorName::JobConflict))]
+        {
+            let document = mock!(aws_sdk_iot::Client::get_job_document).then_output(move || {
+                let document = json!({
+                    "version": "1.0", "workflow": "firmware-upgrade", "firmwareVersion": "1.2.3",
+                    "upgradeTrigger": "manual", "artifact": {}, "timeoutMinutes": 60, "requestDigest": theirs,
+                });
+                GetJobDocumentOutput::builder().document(document.to_string()).build()
+            });
+            let describe = mock!(aws_sdk_iot::Client::describe_job).then_output(|| {
+                let job = aws_sdk_iot::types::Job::builder().job_arn("arn:job-1").build();
+                DescribeJobOutput::builder().job(job).build()
+            });
+            let (template, image, exists) = (template_rule(), image_rule(), exists());
+            let adapters = adapters(&[&template, &exists, &document, &describe], &image);
+            let result = handle(&adapters, request.clone()).await;
+            assert_eq!(
+                result.as_ref().map(|output| output.job_arn.as_str()).map_err(|error| error.name),
+                expected
+            );
+        }
+    }
+
+    #[tokio::test]
+    async fn an_image_that_is_not_there_is_told_before_any_device_is() {
+        let missing = mock!(aws_sdk_s3::Client::head_object).then_error(|| {
+            HeadObjectError::NotFound(aws_sdk_s3::types::error::NotFound::builder().build())
+        });
+        let template = template_rule();
+        let error = handle(&adapters(&[&template], &missing), input(json!({}))).await.unwrap_err();
+        assert_eq!(error.name, ErrorName::ArtifactNotFound);
+        assert_eq!(
+            error.message,
+            "artifact: s3://firmware/firmware/1.2.3 does not exist; upload the image first"
+        );
+    }
+
+    #[test]
+    fn bad_input_names_the_field_the_value_and_what_was_expected() {
+        let cases = [
+            (
+                json!({"firmwareVersion": "1.2"}),
+                "firmwareVersion: got \"1.2\", expected a semantic version such as 1.2.3",
+            ),
+            (json!({"upgradeTrigger": ""}), "upgradeTrigger: got \"\", expected"),
+            (json!({"targetArn": "arn:aws:iot:eu-west-2:000000000000:thing/a"}), "targetArn: got"),
+            (json!({"targetArn": "arn:aws:iot:eu-west-1:000000000001:thing/a"}), "targetArn: got"),
+            (json!({"targetArn": "arn:aws:iot:eu-west-1:000000000000:cert/a"}), "targetArn: got"),
+            (json!({"timeoutMinutes": 0}), "timeoutMinutes: got 0, expected 1 to 10080"),
+            (json!({"timeoutMinutes": 10081}), "timeoutMinutes: got 10081, expected 1 to 10080"),
+            (
+                json!({"rollout": {"maximumPerMinute": 1001}}),
+                "rollout.maximumPerMinute: got 1001, expected 1 to 1000",
+            ),
+            (
+                json!({"rollout": {"exponentialRate": {"baseRatePerMinute": 5, "incrementFactor": 1.0}}}),
+                "rollout.exponentialRate.incrementFactor: got 1, expected 1.1 to 5",
+            ),
+            (
+                json!({"rollout": {"exponentialRate": {"baseRatePerMinute": 5, "incrementFactor": 2.0}}}),
+                "rollout.exponentialRate.numberOfNotifiedThings: got nothing",
+            ),
+            (
+                json!({"abort": {"percentage": 0.0, "minimumExecuted": 1}}),
+                "abort.percentage: got 0, expected 0.01 to 100",
+            ),
+            (
+                json!({"abort": {"percentage": 10.0, "minimumExecuted": 0}}),
+                "abort.minimumExecuted: got 0",
+            ),
+            (json!({"artifact": {"url": "ftp://x"}}), "artifact.url: got \"ftp://x\""),
+            (
+                json!({"artifact": {"url": "https://x", "key": "k"}}),
+                "artifact.url: got bucket or key too",
+            ),
+            (
+                json!({"artifact": {"bucket": "other", "key": "k"}}),
+                "artifact.bucket: got \"other\"",
+            ),
+            (json!({"artifact": {"key": "k", "sha256": "abc"}}), "artifact.sha256: got \"abc\""),
+            (
+                json!({"artifact": {"key": "k", "signature": "abc"}}),
+                "artifact.signature: got \"abc\"",
+            ),
+            (json!({"artifact": {"key": "k", "size": 0}}), "artifact.size: got 0"),
+        ];
+        for (extra, message) in cases {
+            let error = input(extra).validate(&stack()).unwrap_err();
+            assert_eq!(error.name, ErrorName::InvalidInput);
+            assert!(
+                error.message.starts_with(message),
+                "{} does not begin with {message}",
+                error.message
+            );
+        }
+        for extra in [
+            json!({"rollout": {"maximumPerMinute": 1000}, "abort": {"percentage": 10.5, "minimumExecuted": 1}}),
+            json!({"targetArn": "arn:aws:iot:eu-west-1:000000000000:thing/gateway:1"}),
+            json!({"artifact": {"url": "https://images.example.com/1.2.3"}, "timeoutMinutes": 10080}),
+        ] {
+            assert_eq!(input(extra).validate(&stack()), Ok(()));
+        }
+    }
+}

@@ -1,0 +1,4 @@
+//! Who shall be updated: AWS IoT jobs and their executions.
+
+pub mod create_job;
+pub mod update_job;

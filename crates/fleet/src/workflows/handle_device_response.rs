@@ -1,0 +1,122 @@
+//! What a device says: decoded, then brought to the step that it answers, or told to whoever listens.
+
+use super::rendezvous::{Answer, Operation, Rendezvous};
+use crate::error::aws;
+use crate::queue::MqttMessage;
+use crate::{Error, ErrorName};
+use protocol::events::{DeviceBooted, EventType};
+use protocol::{
+    Acknowledgement, DeviceEvent, DeviceFailure, Report, Response, Step, StepOutcome, ThingName,
+    protocol_of_topic,
+};
+
+/// What the handler reaches.
+#[derive(Debug)]
+pub struct Adapters {
+    /// Where answers go.
+    pub rendezvous: Rendezvous,
+    /// Where unasked reports go.
+    pub sns: aws_sdk_sns::Client,
+    /// The topic of domain events.
+    pub events_topic_arn: String,
+    /// Carries the acknowledgements that devices ask for.
+    pub mqtt: aws_sdk_iotdataplane::Client,
+}
+
+/// Handles one queued message. Fails with `MalformedMessage` if it cannot be read.
+pub async fn handle(adapters: &Adapters, body: &str) -> Result<(), Error> {
+    let message = MqttMessage::parse(body)?;
+    let (protocol, thing) = protocol_of_topic(&message.topic)?;
+    let received = protocol.encoding().decode_report(&thing, &message.payload()?)?;
+    match received.report {
+        Report::Response(response) => apply(adapters, &thing, response).await?,
+        Report::Event(event) => publish(adapters, &thing, event).await?,
+    }
+    match received.acknowledgement {
+        Some(acknowledgement) => acknowledge(adapters, acknowledgement).await,
+        None => Ok(()),
+    }
+}
+
+async fn apply(adapters: &Adapters, thing: &ThingName, response: Response) -> Result<(), Error> {
+    let operation = Operation::new(thing, &response.operation_id);
+    let step = response.step;
+    let outcome = match response.outcome {
+        StepOutcome::InProgress { .. } => adapters.rendezvous.progress(&operation, step).await?,
+        StepOutcome::Succeeded { firmware_version } => {
+            adapters
+                .rendezvous
+                .arrive(&operation, step, &Answer::Succeeded { firmware_version })
+                .await?
+        }
+        StepOutcome::Failed(failure) => {
+            let error = device_error(step, &failure);
+            let answer = Answer::Failed { error: error.name, cause: error.message.clone() };
+            let outcome = adapters.rendezvous.arrive(&operation, step, &answer).await?;
+            // Whatever step is waited for will not come any more; and nothing that the device still says of this
+            // operation may count.
+            adapters.rendezvous.fail(&operation, &error).await?;
+            outcome
+        }
+    };
+    tracing::info!(operation = operation.key(), step = step.name(), ?outcome);
+    Ok(())
+}
+
+/// Our name for a device's failure: by the step that failed, whatever the device's own code.
+fn device_error(step: Step, failure: &DeviceFailure) -> Error {
+    let name = match step {
+        Step::DeviceOnline | Step::DownloadStarted => ErrorName::DownloadRefused,
+        Step::FirmwareTransferred => ErrorName::TransferFailed,
+        Step::DownloadOperationDone => ErrorName::InstallFailed,
+        Step::DeviceRebooted => ErrorName::ActivationFailed,
+    };
+    let detail = match (failure.code.as_str(), failure.message.as_str()) {
+        ("", "") => "the device gave no reason".to_owned(),
+        (code, "") => format!("device error {code}"),
+        ("", message) => message.to_owned(),
+        (code, message) => format!("device error {code}: {message}"),
+    };
+    Error::new(name, detail)
+}
+
+async fn publish(adapters: &Adapters, thing: &ThingName, event: DeviceEvent) -> Result<(), Error> {
+    let (cause, firmware_version) = match event {
+        DeviceEvent::Booted { cause, firmware_version } => (cause, firmware_version),
+        DeviceEvent::Other { name } => {
+            tracing::info!(thing = thing.as_str(), event = name, outcome = "IGNORED");
+            return Ok(());
+        }
+    };
+    let booted = DeviceBooted {
+        event_type: EventType::DeviceBooted,
+        thing_name: thing.clone(),
+        cause,
+        firmware_version,
+    };
+    let message = serde_json::to_string(&booted)
+        .map_err(|error| Error::new(ErrorName::ServiceError, error.to_string()))?;
+    let attribute = aws_sdk_sns::types::MessageAttributeValue::builder().data_type("String");
+    let attribute = attribute.string_value("DEVICE_BOOTED").build();
+    adapters
+        .sns
+        .publish()
+        .topic_arn(&adapters.events_topic_arn)
+        .message(message)
+        .message_attributes(
+            "eventType",
+            attribute.map_err(|error| Error::new(ErrorName::ServiceError, error.to_string()))?,
+        )
+        .send()
+        .await
+        .map_err(|error| aws("sns:Publish", &error))?;
+    tracing::info!(thing = thing.as_str(), event = "DEVICE_BOOTED", outcome = "APPLIED");
+    Ok(())
+}
+
+async fn acknowledge(adapters: &Adapters, acknowledgement: Acknowledgement) -> Result<(), Error> {
+    let payload = aws_sdk_iotdataplane::primitives::Blob::new(acknowledgement.payload);
+    let publish = adapters.mqtt.publish().topic(acknowledgement.topic).qos(1).payload(payload);
+    publish.send().await.map_err(|error| aws("iot:Publish", &error))?;
+    Ok(())
+}

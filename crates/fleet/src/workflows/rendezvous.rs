@@ -1,0 +1,315 @@
+//! Where a waiting state and a device's answer meet, in either order.
+//!
+//! One item a step, found by its full key: `{thing}#{operation}` and the step. [`Rendezvous::expect`] writes the
+//! task token, [`Rendezvous::arrive`] the answer, each with one `UpdateItem` that returns the whole item; whoever
+//! finds the other's half there completes the task. The first answer stays, so a repeat changes nothing, and a
+//! crash between the write and the completion is mended by the repeat of either side.
+
+use crate::error::{aws, code};
+use crate::{Error, ErrorName};
+use aws_sdk_dynamodb::types::{AttributeValue, ReturnValue};
+use protocol::{OperationId, Step, ThingName};
+use serde::{Deserialize, Serialize};
+use std::collections::HashMap;
+
+/// Items go two weeks after they were last written: longer than the longest job (seven days, the limit of AWS IoT
+/// Jobs' own timer) can wait for them.
+const KEEP_SECONDS: i64 = 14 * 24 * 3600;
+/// Limits of `SendTaskFailure` (<https://docs.aws.amazon.com/step-functions/latest/apireference/API_SendTaskFailure.html>).
+const MAX_CAUSE_CHARACTERS: usize = 32_768;
+
+/// An operation of a thing: what all its steps' keys begin with.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Operation {
+    /// The device.
+    pub thing: ThingName,
+    /// What it is doing.
+    pub id: OperationId,
+}
+
+impl Operation {
+    /// An operation of that thing.
+    pub fn new(thing: &ThingName, id: &OperationId) -> Self {
+        Self { thing: thing.clone(), id: id.clone() }
+    }
+
+    /// The partition key. Neither part can hold a `#`.
+    pub fn key(&self) -> String {
+        format!("{}#{}", self.thing, self.id)
+    }
+}
+
+/// How a step ended, as it is kept.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(tag = "outcome", rename_all = "camelCase", rename_all_fields = "camelCase")]
+pub enum Answer {
+    /// Done; after a reboot with the version that the device now runs.
+    Succeeded {
+        /// As the device reported it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        firmware_version: Option<String>,
+    },
+    /// Failed.
+    Failed {
+        /// Which way.
+        error: ErrorName,
+        /// In detail.
+        cause: String,
+    },
+}
+
+/// A step's item. Either half may be there first.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Meeting {
+    /// The waiting state's task token.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub task_token: Option<String>,
+    /// The version that the answer must report.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expected_version: Option<String>,
+    /// The first answer that came.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub answer: Option<Answer>,
+    /// How many answers came.
+    #[serde(default)]
+    pub arrivals: u32,
+}
+
+impl Meeting {
+    /// What the `UpdateItem` of `expect` does to the item: a new token replaces that of an earlier attempt.
+    pub fn expect(&mut self, task_token: &str, expected_version: Option<&str>) {
+        self.task_token = Some(task_token.to_owned());
+        self.expected_version = expected_version.map(str::to_owned);
+    }
+
+    /// What the `UpdateItem` of `arrive` does to the item: the first answer stays.
+    pub fn arrive(&mut self, answer: &Answer) {
+        self.answer.get_or_insert_with(|| answer.clone());
+        self.arrivals += 1;
+    }
+
+    /// The task to complete and how, once both halves are there.
+    pub fn completion(&self) -> Option<(&str, Result<Option<&str>, Error>)> {
+        let token = self.task_token.as_deref()?;
+        let result = match self.answer.as_ref()? {
+            Answer::Failed { error, cause } => Err(Error::new(*error, cause)),
+            Answer::Succeeded { firmware_version } => {
+                match (&self.expected_version, firmware_version) {
+                    (Some(expected), reported) if Some(expected) != reported.as_ref() => {
+                        let reported = reported.as_deref().unwrap_or("no version");
+                        let cause =
+                            format!("the device reports {reported}, the target is {expected}");
+                        Err(Error::new(ErrorName::VersionMismatch, cause))
+                    }
+                    (_, reported) => Ok(reported.as_deref()),
+                }
+            }
+        };
+        Some((token, result))
+    }
+}
+
+/// What became of a token or an answer. Every message has exactly one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "SCREAMING_SNAKE_CASE")]
+pub enum Outcome {
+    /// Kept until the other half comes.
+    Waiting,
+    /// The task was completed.
+    Applied,
+    /// The same has been said before: no effect.
+    Duplicate,
+    /// Nobody waits any more: no effect.
+    Late,
+}
+
+/// The table of meetings and the tasks that they complete.
+#[derive(Debug, Clone)]
+pub struct Rendezvous {
+    table: String,
+    dynamodb: aws_sdk_dynamodb::Client,
+    step_functions: aws_sdk_sfn::Client,
+}
+
+impl Rendezvous {
+    /// Meets in that table.
+    pub fn new(config: &aws_config::SdkConfig, table: String) -> Self {
+        Self {
+            table,
+            dynamodb: aws_sdk_dynamodb::Client::new(config),
+            step_functions: aws_sdk_sfn::Client::new(config),
+        }
+    }
+
+    /// A state waits for the step. If the answer is there already, the task ends at once.
+    pub async fn expect(
+        &self,
+        operation: &Operation,
+        step: Step,
+        task_token: &str,
+        expected_version: Option<&str>,
+    ) -> Result<Outcome, Error> {
+        let mut values = HashMap::from([(":token".to_owned(), text(task_token))]);
+        let version = match expected_version {
+            Some(version) => {
+                values.insert(":version".to_owned(), text(version));
+                "SET taskToken = :token, expiresAt = :expiresAt, expectedVersion = :version"
+            }
+            None => "SET taskToken = :token, expiresAt = :expiresAt REMOVE expectedVersion",
+        };
+        let meeting = self.update(operation, step, version, values).await?;
+        Ok(self.complete(operation, step, &meeting).await?.unwrap_or(Outcome::Waiting))
+    }
+
+    /// A step has ended. If a state waits for it, its task ends.
+    pub async fn arrive(
+        &self,
+        operation: &Operation,
+        step: Step,
+        answer: &Answer,
+    ) -> Result<Outcome, Error> {
+        let answer =
+            serde_dynamo::to_attribute_value(answer).map_err(|error| broken_item(&error))?;
+        let values = HashMap::from([
+            (":answer".to_owned(), answer),
+            (":one".to_owned(), AttributeValue::N("1".to_owned())),
+        ]);
+        let update =
+            "SET answer = if_not_exists(answer, :answer), expiresAt = :expiresAt ADD arrivals :one";
+        let meeting = self.update(operation, step, update, values).await?;
+        let outcome = self.complete(operation, step, &meeting).await?.unwrap_or(Outcome::Waiting);
+        Ok(if outcome != Outcome::Applied && meeting.arrivals > 1 {
+            Outcome::Duplicate
+        } else {
+            outcome
+        })
+    }
+
+    /// Ends the whole operation: whichever step is waited for, now or later, fails with this error.
+    pub async fn fail(&self, operation: &Operation, error: &Error) -> Result<(), Error> {
+        let answer = Answer::Failed { error: error.name, cause: error.message.clone() };
+        for step in Step::ALL {
+            self.arrive(operation, step, &answer).await?;
+        }
+        Ok(())
+    }
+
+    /// The device is still at it: the waiting state's deadline begins anew.
+    pub async fn progress(&self, operation: &Operation, step: Step) -> Result<Outcome, Error> {
+        let item = self
+            .dynamodb
+            .get_item()
+            .table_name(&self.table)
+            .set_key(Some(key(operation, step)))
+            .consistent_read(true)
+            .send()
+            .await
+            .map_err(|error| aws("dynamodb:GetItem", &error))?
+            .item;
+        let meeting: Meeting = match item {
+            Some(item) => serde_dynamo::from_item(item).map_err(|error| broken_item(&error))?,
+            None => Meeting::default(),
+        };
+        // A report of progress keeps nothing alive that nobody has begun to wait for, and is no half of a meeting.
+        let Some(token) = meeting.task_token else { return Ok(Outcome::Late) };
+        match self.step_functions.send_task_heartbeat().task_token(token).send().await {
+            Ok(_) => Ok(Outcome::Applied),
+            Err(error) if is_late(code(&error)) => Ok(Outcome::Late),
+            Err(error) => Err(aws("states:SendTaskHeartbeat", &error)),
+        }
+    }
+
+    async fn update(
+        &self,
+        operation: &Operation,
+        step: Step,
+        expression: &str,
+        mut values: HashMap<String, AttributeValue>,
+    ) -> Result<Meeting, Error> {
+        values.insert(
+            ":expiresAt".to_owned(),
+            AttributeValue::N((now_seconds() + KEEP_SECONDS).to_string()),
+        );
+        let output = self
+            .dynamodb
+            .update_item()
+            .table_name(&self.table)
+            .set_key(Some(key(operation, step)))
+            .update_expression(expression)
+            .set_expression_attribute_values(Some(values))
+            .return_values(ReturnValue::AllNew)
+            .send()
+            .await
+            .map_err(|error| aws("dynamodb:UpdateItem", &error))?;
+        serde_dynamo::from_item(output.attributes.unwrap_or_default())
+            .map_err(|error| broken_item(&error))
+    }
+
+    /// Completes the waiting task if both halves are there; `None` if one is missing.
+    async fn complete(
+        &self,
+        operation: &Operation,
+        step: Step,
+        meeting: &Meeting,
+    ) -> Result<Option<Outcome>, Error> {
+        let Some((token, result)) = meeting.completion() else { return Ok(None) };
+        let late_or = |code: Option<&str>, error: Error| {
+            if is_late(code) { Ok(Some(Outcome::Late)) } else { Err(error) }
+        };
+        match result {
+            Ok(firmware_version) => {
+                let output = serde_json::json!({
+                    "thingName": operation.thing, "operationId": operation.id, "step": step,
+                    "firmwareVersion": firmware_version,
+                });
+                let sent = self
+                    .step_functions
+                    .send_task_success()
+                    .task_token(token)
+                    .output(output.to_string());
+                match sent.send().await {
+                    Ok(_) => Ok(Some(Outcome::Applied)),
+                    Err(error) => late_or(code(&error), aws("states:SendTaskSuccess", &error)),
+                }
+            }
+            Err(failure) => {
+                let cause: String = failure.message.chars().take(MAX_CAUSE_CHARACTERS).collect();
+                let sent = self
+                    .step_functions
+                    .send_task_failure()
+                    .task_token(token)
+                    .error(failure.name.as_str());
+                match sent.cause(cause).send().await {
+                    Ok(_) => Ok(Some(Outcome::Applied)),
+                    Err(error) => late_or(code(&error), aws("states:SendTaskFailure", &error)),
+                }
+            }
+        }
+    }
+}
+
+/// Step Functions' ways to say that the task has ended or never was.
+fn is_late(code: Option<&str>) -> bool {
+    matches!(code, Some("TaskTimedOut" | "TaskDoesNotExist" | "InvalidToken"))
+}
+
+fn key(operation: &Operation, step: Step) -> HashMap<String, AttributeValue> {
+    HashMap::from([
+        ("operation".to_owned(), text(operation.key())),
+        ("step".to_owned(), text(step.name())),
+    ])
+}
+
+fn text(value: impl Into<String>) -> AttributeValue {
+    AttributeValue::S(value.into())
+}
+
+fn broken_item(error: &serde_dynamo::Error) -> Error {
+    Error::new(ErrorName::ServiceError, format!("an item of the rendezvous table: {error}"))
+}
+
+fn now_seconds() -> i64 {
+    let since_epoch = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    since_epoch.map_or(0, |elapsed| i64::try_from(elapsed.as_secs()).unwrap_or(i64::MAX))
+}
