@@ -1,0 +1,356 @@
+//! A device's MQTT connection: mutual TLS, a persistent session, and messages that count as sent only once
+//! the broker has acknowledged them.
+
+use protocol::{Publication, ThingName};
+use rand::RngExt;
+use rumqttc::{
+    AsyncClient, Event, EventLoop, MqttOptions, Packet, Publish, QoS, SubscribeReasonCode, TlsConfiguration, Transport,
+};
+use rustls::client::Resumption;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::{ClientConfig, RootCertStore};
+use std::collections::VecDeque;
+use std::path::Path;
+use std::str::FromStr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use tokio::sync::{Semaphore, mpsc, oneshot, watch};
+use tokio::task::JoinHandle;
+
+const KEEP_ALIVE: Duration = Duration::from_secs(30);
+const FIRST_RETRY: Duration = Duration::from_millis(500);
+const LONGEST_RETRY: Duration = Duration::from_secs(30);
+/// Requests that the MQTT client may hold. One publish is in flight at a time, so these are acknowledgements,
+/// and a device gets one command at a time.
+const REQUESTS: usize = 1024;
+/// Packets a little larger than the largest payload that the broker carries.
+const PACKET_BYTES: usize = protocol::MAX_PAYLOAD_BYTES + 4096;
+
+/// Where the broker is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Endpoint {
+    /// Name or address, without a scheme.
+    pub host: String,
+    /// 8883 unless given.
+    pub port: u16,
+}
+
+impl FromStr for Endpoint {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (host, port) = match text.rsplit_once(':') {
+            None => (text, 8883),
+            Some((host, port)) => match port.parse() {
+                Ok(port) => (host, port),
+                Err(_) => return Err(format!("{text:?} is no endpoint: expected HOST or HOST:PORT")),
+            },
+        };
+        if host.is_empty() || host.contains(['/', ' ']) {
+            return Err(format!("{text:?} is no endpoint: expected HOST or HOST:PORT, without a scheme"));
+        }
+        Ok(Self { host: host.to_owned(), port })
+    }
+}
+
+impl std::fmt::Display for Endpoint {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}:{}", self.host, self.port)
+    }
+}
+
+/// A certificate or key that cannot be used, or the lack of one.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(crate) struct TlsError(String);
+
+/// The certificate authorities that a broker's certificate may come from.
+#[derive(Debug, Clone)]
+pub(crate) struct Trust(Arc<RootCertStore>);
+
+impl Trust {
+    /// The authorities in a PEM file, or those of the operating system. Fails with a sentence if there are none.
+    pub(crate) fn new(ca: Option<&Path>) -> Result<Self, String> {
+        let mut roots = RootCertStore::empty();
+        let (certificates, origin) = match ca {
+            Some(file) => (read_certificates(file).map_err(|error| error.0)?, file.display().to_string()),
+            None => (rustls_native_certs::load_native_certs().certs, "the operating system's trust store".to_owned()),
+        };
+        roots.add_parsable_certificates(certificates);
+        if roots.is_empty() {
+            return Err(format!("{origin} holds no CA certificate: give one with --ca"));
+        }
+        Ok(Self(Arc::new(roots)))
+    }
+
+    /// The TLS settings of a device whose folder holds `certificate.pem` and `private.key`.
+    pub(crate) fn of_device(&self, folder: &Path, port: u16) -> Result<Arc<ClientConfig>, TlsError> {
+        let certificates = read_certificates(&folder.join("certificate.pem"))?;
+        let file = folder.join("private.key");
+        let key = PrivateKeyDer::from_pem_file(&file).map_err(|error| unreadable(&file, &error))?;
+        let mut config = ClientConfig::builder()
+            .with_root_certificates(Arc::clone(&self.0))
+            .with_client_auth_cert(certificates, key)
+            .map_err(|error| unreadable(&file, &error))?;
+        // A device that reboots has forgotten its TLS sessions, and thousands of them need not be kept.
+        config.resumption = Resumption::disabled();
+        if port == 443 {
+            // https://docs.aws.amazon.com/iot/latest/developerguide/protocols.html
+            config.alpn_protocols = vec![b"x-amzn-mqtt-ca".to_vec()];
+        }
+        Ok(Arc::new(config))
+    }
+}
+
+fn read_certificates(file: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
+    CertificateDer::pem_file_iter(file).and_then(Iterator::collect).map_err(|error| unreadable(file, &error))
+}
+
+fn unreadable(file: &Path, error: &dyn std::fmt::Display) -> TlsError {
+    TlsError(format!("{} cannot be used: {error}", file.display()))
+}
+
+/// What a device needs to connect, the same for its whole life.
+pub(crate) struct ConnectionSettings {
+    pub(crate) thing: ThingName,
+    pub(crate) endpoint: Endpoint,
+    pub(crate) tls: Arc<ClientConfig>,
+    pub(crate) filter: String,
+    /// Bounds how many devices of the process shake hands at the same time.
+    pub(crate) handshakes: Arc<Semaphore>,
+    /// Told of every attempt that fails.
+    pub(crate) on_failure: Box<dyn Fn(&str) + Send + Sync>,
+}
+
+/// A message from the broker that it keeps until [`Delivery::acknowledge`].
+pub(crate) struct Delivery {
+    publish: Publish,
+    client: AsyncClient,
+}
+
+impl Delivery {
+    pub(crate) fn topic(&self) -> &str {
+        &self.publish.topic
+    }
+
+    pub(crate) fn payload(&self) -> &[u8] {
+        &self.publish.payload
+    }
+
+    /// Lets the broker forget the message. On a connection that is gone by now this does nothing, and the
+    /// broker delivers again.
+    pub(crate) fn acknowledge(self) {
+        let _ = self.client.try_ack(&self.publish);
+    }
+}
+
+/// A connection that reconnects by itself until it is dropped, which cuts it without a goodbye.
+pub(crate) struct Connection {
+    outbox: Arc<Outbox>,
+    online: watch::Receiver<bool>,
+    task: JoinHandle<()>,
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl Connection {
+    /// Connects in the background; messages come out of the receiver.
+    pub(crate) fn open(settings: Arc<ConnectionSettings>) -> (Self, mpsc::UnboundedReceiver<Delivery>) {
+        let (deliveries, inbox) = mpsc::unbounded_channel();
+        let (set_online, online) = watch::channel(false);
+        let outbox = Arc::new(Outbox::default());
+        let task = tokio::spawn(stay_connected(settings, Arc::clone(&outbox), set_online, deliveries));
+        (Self { outbox, online, task }, inbox)
+    }
+
+    /// Whether the device is subscribed now; changes can be awaited.
+    pub(crate) fn online(&self) -> watch::Receiver<bool> {
+        self.online.clone()
+    }
+
+    /// Sends a message, over as many connections as it takes; returns when the broker has acknowledged it.
+    pub(crate) async fn publish(&self, publication: Publication) {
+        // The sender lives as long as the message is queued, and that is until it is acknowledged.
+        let _ = self.outbox.push(publication).await;
+    }
+
+    /// Queues a message without waiting for its acknowledgement.
+    pub(crate) fn post(&self, publication: Publication) {
+        drop(self.outbox.push(publication));
+    }
+
+    /// The same, if there is a connection now and nothing else waits: for what is old news a moment later.
+    pub(crate) fn post_if_idle(&self, publication: Publication) {
+        if *self.online.borrow() && self.outbox.lock().queue.is_empty() {
+            self.post(publication);
+        }
+    }
+}
+
+/// Messages that the broker has not acknowledged. Only the first is on its way, so that order is kept and
+/// every acknowledgement is for that one.
+#[derive(Default)]
+struct Outbox(Mutex<Queued>);
+
+#[derive(Default)]
+struct Queued {
+    queue: VecDeque<(Publication, oneshot::Sender<()>)>,
+    client: Option<AsyncClient>,
+}
+
+impl Outbox {
+    fn lock(&self) -> MutexGuard<'_, Queued> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn push(&self, publication: Publication) -> oneshot::Receiver<()> {
+        let (acknowledged, receiver) = oneshot::channel();
+        let mut queued = self.lock();
+        queued.queue.push_back((publication, acknowledged));
+        if queued.queue.len() == 1 {
+            queued.send_first();
+        }
+        receiver
+    }
+
+    fn connected(&self, client: &AsyncClient) {
+        let mut queued = self.lock();
+        queued.client = Some(client.clone());
+        queued.send_first();
+    }
+
+    fn disconnected(&self) {
+        self.lock().client = None;
+    }
+
+    fn acknowledged(&self) {
+        let mut queued = self.lock();
+        if let Some((_, sender)) = queued.queue.pop_front() {
+            // Nobody waits for a message that was only posted.
+            let _ = sender.send(());
+        }
+        queued.send_first();
+    }
+}
+
+impl Queued {
+    fn send_first(&self) {
+        if let (Some(client), Some((publication, _))) = (&self.client, self.queue.front()) {
+            // The queue of requests is never full; were it, the broker's silence would end the connection.
+            let _ = client.try_publish(&publication.topic, QoS::AtLeastOnce, false, publication.payload.clone());
+        }
+    }
+}
+
+async fn stay_connected(
+    settings: Arc<ConnectionSettings>,
+    outbox: Arc<Outbox>,
+    online: watch::Sender<bool>,
+    deliveries: mpsc::UnboundedSender<Delivery>,
+) {
+    let mut retry = FIRST_RETRY;
+    loop {
+        let error = session(&settings, &outbox, &online, &deliveries).await;
+        outbox.disconnected();
+        if online.send_replace(false) {
+            retry = FIRST_RETRY;
+        }
+        (settings.on_failure)(&format!("{} at {}: {error}", settings.thing, settings.endpoint));
+        // Full jitter: a fleet that lost its broker must not come back as one.
+        let wait = rand::rng().random_range(retry / 2..retry);
+        tokio::time::sleep(wait).await;
+        retry = (retry * 2).min(LONGEST_RETRY);
+    }
+}
+
+/// One connection from handshake to loss. A new client for each: what was not acknowledged is in the outbox.
+async fn session(
+    settings: &ConnectionSettings,
+    outbox: &Outbox,
+    online: &watch::Sender<bool>,
+    deliveries: &mpsc::UnboundedSender<Delivery>,
+) -> String {
+    // The semaphore is never closed.
+    let mut handshake = settings.handshakes.acquire().await.ok();
+    let (client, mut events) = AsyncClient::new(options(settings), REQUESTS);
+    loop {
+        let packet = match poll(&mut events).await {
+            Ok(packet) => packet,
+            Err(error) => return error,
+        };
+        match packet {
+            Packet::ConnAck(_) => {
+                if let Err(error) = client.try_subscribe(&settings.filter, QoS::AtLeastOnce) {
+                    return error.to_string();
+                }
+            }
+            Packet::SubAck(answer) => {
+                if answer.return_codes.contains(&SubscribeReasonCode::Failure) {
+                    return format!("the broker refused the subscription to {}", settings.filter);
+                }
+                drop(handshake.take());
+                outbox.connected(&client);
+                online.send_replace(true);
+            }
+            Packet::Publish(publish) => {
+                // The device has gone when nobody receives; then this task ends with it.
+                let _ = deliveries.send(Delivery { publish, client: client.clone() });
+            }
+            Packet::PubAck(_) => outbox.acknowledged(),
+            _ => {}
+        }
+    }
+}
+
+fn options(settings: &ConnectionSettings) -> MqttOptions {
+    let mut options = MqttOptions::new(settings.thing.as_str(), &settings.endpoint.host, settings.endpoint.port);
+    options
+        .set_transport(Transport::tls_with_config(TlsConfiguration::Rustls(Arc::clone(&settings.tls))))
+        .set_keep_alive(KEEP_ALIVE)
+        .set_clean_session(false)
+        .set_manual_acks(true)
+        .set_max_packet_size(PACKET_BYTES, PACKET_BYTES);
+    options
+}
+
+/// The next packet from the broker.
+async fn poll(events: &mut EventLoop) -> Result<Packet, String> {
+    loop {
+        match events.poll().await {
+            Ok(Event::Incoming(packet)) => return Ok(packet),
+            Ok(Event::Outgoing(_)) => {}
+            Err(error) => return Err(error.to_string()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_endpoint_is_a_host_with_or_without_a_port() {
+        assert_eq!("localhost".parse(), Ok(Endpoint { host: "localhost".into(), port: 8883 }));
+        assert_eq!("10.0.0.1:443".parse(), Ok(Endpoint { host: "10.0.0.1".into(), port: 443 }));
+        assert!("https://host".parse::<Endpoint>().unwrap_err().contains("expected HOST or HOST:PORT"));
+        assert!("".parse::<Endpoint>().is_err());
+    }
+
+    #[tokio::test]
+    async fn messages_wait_for_their_acknowledgement_in_order() {
+        let outbox = Outbox::default();
+        let message = |topic: &str| Publication { topic: topic.into(), payload: vec![] };
+        let (mut first, mut second) = (outbox.push(message("1")), outbox.push(message("2")));
+        assert!(first.try_recv().is_err());
+        outbox.acknowledged();
+        assert!(first.try_recv().is_ok());
+        assert!(second.try_recv().is_err());
+        outbox.acknowledged();
+        assert!(second.try_recv().is_ok());
+    }
+}

@@ -1,0 +1,493 @@
+//! Fetching an image over HTTP with resume, and checking that it is what was meant.
+
+use crate::with_causes;
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
+use ed25519_dalek::{Signature, VerifyingKey};
+use protocol::{DeviceFailure, Firmware, ProtocolName};
+use reqwest::header::{CONTENT_RANGE, RANGE};
+use reqwest::{Response, StatusCode};
+use sha2::{Digest, Sha256};
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// How often in a row a download may get no further before it is given up.
+const ATTEMPTS: u32 = 6;
+const FIRST_RETRY: Duration = Duration::from_millis(500);
+const BUFFER_BYTES: usize = 64 * 1024;
+
+/// Why an image could not be used.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum ImageFailure {
+    /// The server's answer will not get better.
+    Status(u16),
+    /// The link or the server failed too often.
+    Transfer(String),
+    SizeMismatch {
+        expected: u64,
+        actual: u64,
+    },
+    ChecksumMismatch {
+        expected: String,
+        actual: String,
+    },
+    SignatureMissing,
+    SignatureInvalid,
+    /// The new image does not boot.
+    NotBooted,
+    /// The device does not take the command.
+    Denied(String),
+}
+
+impl ImageFailure {
+    fn name(&self) -> String {
+        match self {
+            Self::Status(status) => format!("HttpStatus{status}"),
+            Self::Transfer(_) => "TransferFailed".into(),
+            Self::SizeMismatch { .. } => "SizeMismatch".into(),
+            Self::ChecksumMismatch { .. } => "ChecksumMismatch".into(),
+            Self::SignatureMissing => "SignatureMissing".into(),
+            Self::SignatureInvalid => "SignatureInvalid".into(),
+            Self::NotBooted => "BootFailed".into(),
+            Self::Denied(_) => "7002".into(),
+        }
+    }
+
+    fn message(&self) -> String {
+        match self {
+            Self::Status(status) => format!("the server answered the download with status {status}"),
+            Self::Transfer(why) => format!("the download broke off {ATTEMPTS} times: {why}"),
+            Self::SizeMismatch { expected, actual } => format!("the image has {actual} bytes, expected {expected}"),
+            Self::ChecksumMismatch { expected, actual } => {
+                format!("the image's SHA-256 is {actual}, expected {expected}")
+            }
+            Self::SignatureMissing => "the command carries no signature, and this device takes none without".into(),
+            Self::SignatureInvalid => "the signature does not fit the image and this device's public key".into(),
+            Self::NotBooted => "the new image did not boot, the old one runs".into(),
+            Self::Denied(why) => why.clone(),
+        }
+    }
+
+    /// The failure in the words of a device of that protocol: USP agents (TR-369) know error numbers only.
+    pub(crate) fn report(&self, protocol: ProtocolName) -> DeviceFailure {
+        match (protocol, self) {
+            (ProtocolName::Json, _) | (_, Self::Denied(_)) => {
+                DeviceFailure { code: self.name(), message: self.message() }
+            }
+            // 7022 is a command failure, 7000 a failure without a number of its own.
+            (ProtocolName::Usp, failure) => {
+                let code = if matches!(failure, Self::Status(_) | Self::Transfer(_)) { "7022" } else { "7000" };
+                DeviceFailure { code: code.into(), message: format!("{}: {}", self.name(), self.message()) }
+            }
+        }
+    }
+}
+
+/// What ended a download before the image was there.
+#[derive(Debug)]
+pub(crate) enum DownloadError {
+    /// The image cannot be had.
+    Image(ImageFailure),
+    /// `on_progress` said so.
+    Stopped,
+    /// The partial file cannot be written.
+    Disk(PathBuf, io::Error),
+}
+
+/// One try's end.
+enum Broken {
+    ForGood(DownloadError),
+    ForNow(String),
+}
+
+impl From<reqwest::Error> for Broken {
+    fn from(error: reqwest::Error) -> Self {
+        Self::ForNow(with_causes(&error))
+    }
+}
+
+/// The HTTP client that all devices of a process share. `ca` is trusted beside the system's roots.
+pub(crate) fn client(ca: Option<&[u8]>) -> reqwest::Result<reqwest::Client> {
+    let roots = ca.map(reqwest::Certificate::from_pem_bundle).transpose()?.unwrap_or_default();
+    reqwest::Client::builder()
+        .tls_certs_merge(roots)
+        // Devices have no proxy, whatever the shell that starts the simulator has.
+        .no_proxy()
+        .connect_timeout(Duration::from_secs(10))
+        .read_timeout(Duration::from_secs(30))
+        .build()
+}
+
+/// A download into a file that may hold the first part already.
+pub(crate) struct Download<'a> {
+    pub(crate) client: &'a reqwest::Client,
+    pub(crate) firmware: &'a Firmware,
+    pub(crate) partial: &'a Path,
+    /// Bytes a second; none: as fast as it goes.
+    pub(crate) rate: Option<u64>,
+}
+
+impl Download<'_> {
+    /// Fetches what is missing; `on_progress` gets the bytes so far and in all, and can stop it.
+    pub(crate) async fn fetch(
+        &self,
+        mut on_progress: impl FnMut(u64, Option<u64>) -> ControlFlow<()>,
+    ) -> Result<(), DownloadError> {
+        let mut failures = 0;
+        loop {
+            let before = self.length();
+            let why = match self.attempt(before, &mut on_progress).await {
+                Ok(()) => return Ok(()),
+                Err(Broken::ForGood(error)) => return Err(error),
+                Err(Broken::ForNow(why)) => why,
+            };
+            failures = if self.length() > before { 1 } else { failures + 1 };
+            if failures >= ATTEMPTS {
+                return Err(DownloadError::Image(ImageFailure::Transfer(why)));
+            }
+            tracing::debug!("{}: {why}, trying again", self.firmware.url);
+            tokio::time::sleep(FIRST_RETRY * 2_u32.pow(failures - 1)).await;
+        }
+    }
+
+    fn length(&self) -> u64 {
+        self.partial.metadata().map_or(0, |metadata| metadata.len())
+    }
+
+    async fn attempt(
+        &self,
+        have: u64,
+        on_progress: &mut impl FnMut(u64, Option<u64>) -> ControlFlow<()>,
+    ) -> Result<(), Broken> {
+        if have > 0 && Some(have) == self.firmware.size {
+            return Ok(());
+        }
+        let mut request = self.client.get(&self.firmware.url);
+        if have > 0 {
+            request = request.header(RANGE, format!("bytes={have}-"));
+        }
+        let response = request.send().await?;
+        match response.status() {
+            StatusCode::PARTIAL_CONTENT if starts_at(&response, have) => {
+                self.receive(response, have, on_progress).await
+            }
+            StatusCode::OK => self.receive(response, 0, on_progress).await,
+            // A power cut came after the last byte.
+            StatusCode::RANGE_NOT_SATISFIABLE if range_total(&response) == Some(have) => Ok(()),
+            StatusCode::RANGE_NOT_SATISFIABLE | StatusCode::PARTIAL_CONTENT => {
+                std::fs::remove_file(self.partial).map_err(|error| self.disk(error))?;
+                Err(Broken::ForNow("the server has another image than the one begun".into()))
+            }
+            status if status.is_server_error() || matches!(status.as_u16(), 408 | 429) => {
+                Err(Broken::ForNow(format!("the server answered with status {status}")))
+            }
+            status => Err(Broken::ForGood(DownloadError::Image(ImageFailure::Status(status.as_u16())))),
+        }
+    }
+
+    async fn receive(
+        &self,
+        mut response: Response,
+        offset: u64,
+        on_progress: &mut impl FnMut(u64, Option<u64>) -> ControlFlow<()>,
+    ) -> Result<(), Broken> {
+        let total = response.content_length().map(|rest| offset + rest).or(self.firmware.size);
+        // Written in place and at once, not on another thread: a device that loses power writes nothing afterwards.
+        let mut file =
+            OpenOptions::new().create(true).append(true).open(self.partial).map_err(|error| self.disk(error))?;
+        file.set_len(offset).map_err(|error| self.disk(error))?;
+        let mut have = offset;
+        while let Some(chunk) = response.chunk().await? {
+            file.write_all(&chunk).map_err(|error| self.disk(error))?;
+            have += chunk.len() as u64;
+            if on_progress(have, total).is_break() {
+                return Err(Broken::ForGood(DownloadError::Stopped));
+            }
+            if self.firmware.size.is_some_and(|size| have > size) {
+                break;
+            }
+            if let Some(rate) = self.rate {
+                tokio::time::sleep(Duration::from_micros(chunk.len() as u64 * 1_000_000 / rate.max(1))).await;
+            }
+        }
+        file.sync_all().map_err(|error| self.disk(error))
+    }
+
+    fn disk(&self, error: io::Error) -> Broken {
+        Broken::ForGood(DownloadError::Disk(self.partial.to_owned(), error))
+    }
+}
+
+/// Whether the response continues where we stopped (`Content-Range: bytes 10-99/100`).
+fn starts_at(response: &Response, have: u64) -> bool {
+    let range = response.headers().get(CONTENT_RANGE).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    range.strip_prefix("bytes ").and_then(|range| range.split('-').next()?.parse().ok()) == Some(have)
+}
+
+/// The image's length in an answer to a range beyond it (`Content-Range: bytes */100`).
+fn range_total(response: &Response) -> Option<u64> {
+    response.headers().get(CONTENT_RANGE)?.to_str().ok()?.strip_prefix("bytes */")?.parse().ok()
+}
+
+/// Checks size, SHA-256 and signature as far as the command gives them; a device with a public key wants a
+/// signature. Returns the SHA-256 in hexadecimal.
+pub(crate) fn verify(
+    image: &Path,
+    firmware: &Firmware,
+    public_key: Option<&VerifyingKey>,
+) -> io::Result<Result<String, ImageFailure>> {
+    let mut signature = match (public_key, &firmware.signature) {
+        (None, _) => None,
+        (Some(_), None) => return Ok(Err(ImageFailure::SignatureMissing)),
+        (Some(key), Some(text)) => match stream_verifier(key, text) {
+            Some(verifier) => Some(verifier),
+            None => return Ok(Err(ImageFailure::SignatureInvalid)),
+        },
+    };
+    let mut file = File::open(image)?;
+    let (mut digest, mut actual, mut buffer) = (Sha256::new(), 0_u64, vec![0; BUFFER_BYTES]);
+    loop {
+        let count = file.read(&mut buffer)?;
+        if count == 0 {
+            break;
+        }
+        actual += count as u64;
+        digest.update(&buffer[..count]);
+        if let Some(verifier) = &mut signature {
+            verifier.update(&buffer[..count]);
+        }
+    }
+    let sha256 = hexadecimal(&digest.finalize());
+    if let Some(expected) = firmware.size.filter(|expected| *expected != actual) {
+        return Ok(Err(ImageFailure::SizeMismatch { expected, actual }));
+    }
+    if let Some(expected) = firmware.sha256.as_ref().filter(|expected| !expected.eq_ignore_ascii_case(&sha256)) {
+        return Ok(Err(ImageFailure::ChecksumMismatch { expected: expected.clone(), actual: sha256 }));
+    }
+    if signature.is_some_and(|verifier| verifier.finalize_and_verify().is_err()) {
+        return Ok(Err(ImageFailure::SignatureInvalid));
+    }
+    Ok(Ok(sha256))
+}
+
+/// The SHA-256 of a file in hexadecimal.
+pub(crate) fn digest(path: &Path) -> io::Result<String> {
+    let mut digest = Sha256::new();
+    io::copy(&mut File::open(path)?, &mut digest)?;
+    Ok(hexadecimal(&digest.finalize()))
+}
+
+fn stream_verifier(key: &VerifyingKey, signature: &str) -> Option<ed25519_dalek::StreamVerifier> {
+    let bytes = BASE64_STANDARD.decode(signature).ok()?;
+    key.verify_stream(&Signature::from_slice(&bytes).ok()?).ok()
+}
+
+fn hexadecimal(bytes: &[u8]) -> String {
+    use std::fmt::Write as _;
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        // Writing to a String cannot fail.
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ed25519_dalek::{Signer, SigningKey};
+    use std::sync::{Arc, Mutex};
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpListener;
+
+    const IMAGE: &[u8] = &[7; 100_000];
+
+    /// What the server does with its next connections; the last one goes on for ever.
+    #[derive(Clone, Copy)]
+    enum Answer {
+        /// The range asked for, or everything.
+        Serve,
+        /// The same, but the connection breaks after so many bytes.
+        Break(usize),
+        /// No ranges here.
+        ServeAll,
+        Status(u16),
+    }
+
+    struct Server {
+        url: String,
+        requests: Arc<Mutex<Vec<String>>>,
+    }
+
+    async fn serve(answers: Vec<Answer>) -> Server {
+        crate::install_crypto_provider();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}/firmware/2.0.0", listener.local_addr().unwrap());
+        let requests = Arc::new(Mutex::new(Vec::new()));
+        let seen = Arc::clone(&requests);
+        tokio::spawn(async move {
+            for number in 0.. {
+                let (mut socket, _) = listener.accept().await.unwrap();
+                let mut request = Vec::new();
+                while !request.ends_with(b"\r\n\r\n") {
+                    request.push(socket.read_u8().await.unwrap());
+                }
+                let request = String::from_utf8(request).unwrap().to_lowercase();
+                socket.write_all(&answer(*answers.get(number).or(answers.last()).unwrap(), &request)).await.unwrap();
+                seen.lock().unwrap().push(request);
+            }
+        });
+        Server { url, requests }
+    }
+
+    fn answer(answer: Answer, request: &str) -> Vec<u8> {
+        let from: usize = request
+            .split_once("range: bytes=")
+            .map_or(0, |(_, range)| range.split('-').next().unwrap().parse().unwrap());
+        let last = IMAGE.len() - 1;
+        let (from, head, limit) = match answer {
+            Answer::Status(status) => (IMAGE.len(), format!("HTTP/1.1 {status} No"), usize::MAX),
+            Answer::Serve | Answer::Break(_) if from > last => {
+                (IMAGE.len(), format!("HTTP/1.1 416 No\r\ncontent-range: bytes */{}", IMAGE.len()), usize::MAX)
+            }
+            Answer::Break(limit) if from == 0 => (0, "HTTP/1.1 200 OK".to_owned(), limit),
+            Answer::Serve | Answer::Break(_) if from > 0 => {
+                let limit = if let Answer::Break(limit) = answer { limit } else { usize::MAX };
+                (from, format!("HTTP/1.1 206 Partial\r\ncontent-range: bytes {from}-{last}/{}", IMAGE.len()), limit)
+            }
+            _ => (0, "HTTP/1.1 200 OK".to_owned(), usize::MAX),
+        };
+        let body = &IMAGE[from..];
+        let mut bytes = format!("{head}\r\nconnection: close\r\ncontent-length: {}\r\n\r\n", body.len()).into_bytes();
+        bytes.extend(&body[..limit.min(body.len())]);
+        bytes
+    }
+
+    fn firmware(url: &str) -> Firmware {
+        let sha256 = Some(hexadecimal(&Sha256::digest(IMAGE)));
+        Firmware { version: "2.0.0".into(), url: url.into(), sha256, size: Some(IMAGE.len() as u64), signature: None }
+    }
+
+    struct Trial {
+        folder: tempfile::TempDir,
+        server: Server,
+    }
+
+    impl Trial {
+        async fn new(answers: Vec<Answer>) -> Self {
+            Self { folder: tempfile::tempdir().unwrap(), server: serve(answers).await }
+        }
+
+        fn partial(&self) -> PathBuf {
+            self.folder.path().join("download.partial")
+        }
+
+        async fn fetch(&self, firmware: &Firmware) -> Result<(), DownloadError> {
+            let client = client(None).unwrap();
+            let download = Download { client: &client, firmware, partial: &self.partial(), rate: None };
+            download.fetch(|_, _| ControlFlow::Continue(())).await
+        }
+
+        fn requests(&self) -> Vec<String> {
+            self.server.requests.lock().unwrap().clone()
+        }
+    }
+
+    #[tokio::test]
+    async fn a_broken_download_is_resumed_where_it_broke() {
+        let trial = Trial::new(vec![Answer::Break(30_000), Answer::Break(20_000), Answer::Serve]).await;
+        let firmware = firmware(&trial.server.url);
+        trial.fetch(&firmware).await.unwrap();
+        assert!(verify(&trial.partial(), &firmware, None).unwrap().is_ok());
+        let requests = trial.requests();
+        assert_eq!(requests.len(), 3);
+        assert!(requests[2].contains("range: bytes=50000-"), "{}", requests[2]);
+    }
+
+    #[tokio::test]
+    async fn a_server_without_ranges_sends_everything_again() {
+        let trial = Trial::new(vec![Answer::ServeAll]).await;
+        let firmware = firmware(&trial.server.url);
+        std::fs::write(trial.partial(), [1; 500]).unwrap();
+        trial.fetch(&firmware).await.unwrap();
+        assert_eq!(std::fs::read(trial.partial()).unwrap(), IMAGE);
+    }
+
+    #[tokio::test]
+    async fn a_complete_file_needs_no_more_bytes() {
+        let trial = Trial::new(vec![Answer::Serve]).await;
+        std::fs::write(trial.partial(), IMAGE).unwrap();
+        let mut firmware = firmware(&trial.server.url);
+        trial.fetch(&firmware).await.unwrap();
+        assert!(trial.requests().is_empty());
+        firmware.size = None;
+        trial.fetch(&firmware).await.unwrap();
+        assert_eq!(trial.requests().len(), 1);
+        assert_eq!(std::fs::read(trial.partial()).unwrap(), IMAGE);
+    }
+
+    #[tokio::test]
+    async fn a_missing_image_is_given_up_at_once_and_an_overloaded_server_is_not() {
+        let trial = Trial::new(vec![Answer::Status(503), Answer::Status(404)]).await;
+        let error = trial.fetch(&firmware(&trial.server.url)).await.unwrap_err();
+        assert!(matches!(error, DownloadError::Image(ImageFailure::Status(404))), "{error:?}");
+        assert_eq!(trial.requests().len(), 2);
+    }
+
+    #[tokio::test]
+    async fn progress_can_stop_a_download_and_what_came_stays() {
+        let trial = Trial::new(vec![Answer::Serve]).await;
+        let firmware = firmware(&trial.server.url);
+        let client = client(None).unwrap();
+        let download = Download { client: &client, firmware: &firmware, partial: &trial.partial(), rate: None };
+        let error = download.fetch(|_, _| ControlFlow::Break(())).await.unwrap_err();
+        assert!(matches!(error, DownloadError::Stopped));
+        assert!(download.length() > 0);
+        trial.fetch(&firmware).await.unwrap();
+        assert_eq!(std::fs::read(trial.partial()).unwrap(), IMAGE);
+    }
+
+    fn checked(image: &[u8], firmware: &Firmware, key: Option<&VerifyingKey>) -> Result<String, ImageFailure> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("image");
+        std::fs::write(&path, image).unwrap();
+        verify(&path, firmware, key).unwrap()
+    }
+
+    #[test]
+    fn size_and_checksum_must_fit() {
+        let mut firmware = firmware("http://localhost/2.0.0");
+        let mut flipped = IMAGE.to_vec();
+        flipped[0] ^= 1;
+        assert!(matches!(checked(&flipped, &firmware, None), Err(ImageFailure::ChecksumMismatch { .. })));
+        let short = checked(&IMAGE[1..], &firmware, None);
+        assert_eq!(short, Err(ImageFailure::SizeMismatch { expected: 100_000, actual: 99_999 }));
+        firmware.sha256 = firmware.sha256.map(|text| text.to_uppercase());
+        assert!(checked(IMAGE, &firmware, None).is_ok());
+    }
+
+    #[test]
+    fn a_device_with_a_key_takes_only_signed_images() {
+        let key = SigningKey::from_bytes(&[3; 32]);
+        let public = key.verifying_key();
+        let mut firmware = firmware("http://localhost/2.0.0");
+        assert_eq!(checked(IMAGE, &firmware, Some(&public)), Err(ImageFailure::SignatureMissing));
+        firmware.signature = Some(BASE64_STANDARD.encode(key.sign(IMAGE).to_bytes()));
+        assert!(checked(IMAGE, &firmware, Some(&public)).is_ok());
+        let other = SigningKey::from_bytes(&[4; 32]).verifying_key();
+        assert_eq!(checked(IMAGE, &firmware, Some(&other)), Err(ImageFailure::SignatureInvalid));
+        firmware.signature = Some("?".into());
+        assert_eq!(checked(IMAGE, &firmware, Some(&public)), Err(ImageFailure::SignatureInvalid));
+    }
+
+    #[test]
+    fn usp_devices_report_numbers_and_json_devices_names() {
+        let failure = ImageFailure::Status(404);
+        assert_eq!(failure.report(ProtocolName::Json).code, "HttpStatus404");
+        let usp = failure.report(ProtocolName::Usp);
+        assert_eq!(usp.code, "7022");
+        assert!(usp.message.starts_with("HttpStatus404: "));
+    }
+}

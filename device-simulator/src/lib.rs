@@ -1,0 +1,44 @@
+//! Simulated `IoT` devices: real MQTT over mutual TLS, real downloads, A/B slots on disk, and faults on request.
+//!
+//! [`Fleet`] runs devices inside a program (tests do), the binary of the same name runs them from a shell.
+//! [`provision`] makes and removes their things, keys and certificates in the registry.
+
+mod connection;
+mod device;
+mod download;
+pub mod faults;
+mod fleet;
+pub mod progress;
+pub mod provision;
+mod storage;
+
+pub use connection::Endpoint;
+pub use device::{DeviceSpec, Phase, UnreadableFolder};
+pub use faults::{CutPoint, Fault, FaultTiming, Faults};
+pub use fleet::{DeviceUpdate, EndedUpgrade, Fleet, FleetOptions, Outcome, StartError};
+
+/// Chooses the TLS implementation of this process. Every entry point calls it; only the first call counts.
+pub(crate) fn install_crypto_provider() {
+    // An error means that the program has chosen already, which is as good.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+}
+
+/// Now, in Unix milliseconds.
+pub(crate) fn now_milliseconds() -> i64 {
+    let since_epoch = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since_epoch.as_millis()).unwrap_or(i64::MAX)
+}
+
+/// An error and its causes in one line: the outermost of a library's errors often names none of what happened.
+pub(crate) fn with_causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(inner) = cause {
+        let inner_text = inner.to_string();
+        if !text.ends_with(&inner_text) {
+            text = format!("{text}: {inner_text}");
+        }
+        cause = inner.source();
+    }
+    text
+}

@@ -1,0 +1,264 @@
+//! Files against each other: names that must agree are compared, rules of the architecture are checked.
+
+use fleet::ErrorName;
+use protocol::events::EventType;
+use protocol::{Step, protocol_of_topic};
+use serde_json::Value;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace").to_owned()
+}
+
+fn read(path: &str) -> String {
+    std::fs::read_to_string(root().join(path)).unwrap_or_else(|error| panic!("{path}: {error}"))
+}
+
+/// The template as JSON; `!Ref X` and the like become their values.
+fn template() -> Value {
+    fn untag(value: serde_yaml_ng::Value) -> serde_yaml_ng::Value {
+        use serde_yaml_ng::Value;
+        match value {
+            Value::Tagged(tagged) => untag(tagged.value),
+            Value::Sequence(items) => Value::Sequence(items.into_iter().map(untag).collect()),
+            Value::Mapping(fields) => Value::Mapping(fields.into_iter().map(|(k, v)| (untag(k), untag(v))).collect()),
+            other => other,
+        }
+    }
+    let yaml = serde_yaml_ng::from_str(&read("template.yaml")).expect("template.yaml is YAML");
+    serde_json::to_value(untag(yaml)).expect("and has JSON's shape")
+}
+
+fn resources(kind: &str) -> BTreeMap<String, Value> {
+    let template = template();
+    let resources = template["Resources"].as_object().expect("Resources");
+    resources.iter().filter(|(_, r)| r["Type"] == kind).map(|(name, r)| (name.clone(), r.clone())).collect()
+}
+
+fn state_machines() -> Vec<(String, Value)> {
+    let folder = std::fs::read_dir(root().join("statemachine")).expect("statemachine/");
+    let files = folder.map(|entry| entry.expect("a file").file_name().into_string().expect("a name"));
+    files
+        .map(|name| {
+            let text = read(&format!("statemachine/{name}"));
+            (name, serde_json::from_str(&text).expect("a state machine is JSON"))
+        })
+        .collect()
+}
+
+/// Every value below a field of that name.
+fn all<'a>(value: &'a Value, field: &str, found: &mut Vec<&'a Value>) {
+    match value {
+        Value::Object(fields) => {
+            for (name, value) in fields {
+                if name == field {
+                    found.push(value);
+                }
+                all(value, field, found);
+            }
+        }
+        Value::Array(items) => items.iter().for_each(|item| all(item, field, found)),
+        _ => {}
+    }
+}
+
+/// Every text in it.
+fn texts<'a>(value: &'a Value, found: &mut Vec<&'a str>) {
+    match value {
+        Value::Object(fields) => fields.values().for_each(|value| texts(value, found)),
+        Value::Array(items) => items.iter().for_each(|item| texts(item, found)),
+        Value::String(text) => found.push(text),
+        _ => {}
+    }
+}
+
+#[test]
+fn a_function_is_named_after_its_binary_and_its_binary_after_its_module() {
+    let functions = resources("AWS::Serverless::Function");
+    let from_template: BTreeSet<String> = functions
+        .iter()
+        .map(|(name, function)| {
+            let binary = function["Metadata"]["BuildProperties"]["Binary"].as_str().expect("Binary").to_owned();
+            let camel: String = binary.split('-').map(|word| word[..1].to_uppercase() + &word[1..]).collect();
+            assert_eq!(*name, format!("{camel}Function"));
+            binary
+        })
+        .collect();
+    let bins = std::fs::read_dir(root().join("crates/fleet/src/bin")).expect("bins");
+    let from_folder: BTreeSet<String> = bins
+        .map(|entry| entry.expect("a file").path().file_stem().expect("a name").to_str().expect("UTF-8").to_owned())
+        .collect();
+    assert_eq!(from_template, from_folder);
+    for name in from_folder {
+        let source = read(&format!("crates/fleet/src/bin/{name}.rs"));
+        let camel: String = name.split('-').map(|word| word[..1].to_uppercase() + &word[1..]).collect();
+        assert!(source.starts_with(&format!("//! `{camel}Function`")), "{name}");
+        let module = name.replace('-', "_");
+        // Two functions share the presence of devices.
+        assert!(source.contains(&module) || source.contains("presence::"), "{name} runs its own module");
+    }
+}
+
+#[test]
+fn contexts_meet_only_in_messages() {
+    let contexts = ["jobs", "workflows", "devices"];
+    for context in contexts {
+        for entry in std::fs::read_dir(root().join("crates/fleet/src").join(context)).expect("a context") {
+            let path = entry.expect("a file").path();
+            let source = std::fs::read_to_string(&path).expect("source");
+            for other in contexts.into_iter().filter(|other| *other != context) {
+                let allowed = context == "devices" && other == "workflows";
+                let imports = source.lines().filter(|line| line.contains(&format!("crate::{other}")));
+                for line in imports {
+                    assert!(allowed && line.contains("workflows::rendezvous"), "{}: {line}", path.display());
+                }
+            }
+        }
+    }
+    assert!(!read("device-simulator/Cargo.toml").contains("fleet"), "devices do not link the cloud");
+    assert!(!read("crates/protocol/Cargo.toml").contains("aws"), "messages know no AWS");
+}
+
+#[test]
+fn state_machines_go_only_where_there_is_something_and_everywhere_there_is() {
+    for (file, machine) in state_machines() {
+        let states = machine["States"].as_object().expect("States");
+        let mut reached = BTreeSet::from([machine["StartAt"].as_str().expect("StartAt")]);
+        for (name, state) in states {
+            let mut targets = Vec::new();
+            all(state, "Next", &mut targets);
+            all(state, "Default", &mut targets);
+            for target in targets {
+                let target = target.as_str().expect("a name");
+                assert!(states.contains_key(target), "{file}: {name} goes to {target}, which does not exist");
+                reached.insert(target);
+            }
+            let end = state.get("End").is_some() || matches!(state["Type"].as_str(), Some("Fail" | "Succeed"));
+            assert!(end || state.get("Next").is_some() || state["Type"] == "Choice", "{file}: {name} goes nowhere");
+        }
+        let all: BTreeSet<&str> = states.keys().map(String::as_str).collect();
+        assert_eq!(reached, all, "{file}: every state is reached");
+        assert!(states.len() <= 15, "{file}: {} states are more than a reader keeps in mind", states.len());
+        assert!(machine["Comment"].is_string() && machine["QueryLanguage"] == "JSONata" && machine["TimeoutSeconds"].is_u64());
+    }
+}
+
+#[test]
+fn every_task_has_a_deadline_a_retry_and_a_catch() {
+    for (file, machine) in state_machines() {
+        for (name, state) in machine["States"].as_object().expect("States") {
+            if state["Type"] != "Task" {
+                continue;
+            }
+            assert!(state.get("TimeoutSeconds").is_some(), "{file}: {name} has no deadline");
+            let retries = state["Retry"].as_array().unwrap_or_else(|| panic!("{file}: {name} has no retry"));
+            assert_eq!(retries[0]["JitterStrategy"], "FULL", "{file}: {name}");
+            // The last report of a good end has nothing left to catch for: its failure is the execution's.
+            if state.get("End").is_none() {
+                let catches = state["Catch"].as_array().unwrap_or_else(|| panic!("{file}: {name} has no catch"));
+                let last = catches.last().expect("a catcher");
+                assert_eq!(last["ErrorEquals"], serde_json::json!(["States.ALL"]), "{file}: {name}");
+            }
+        }
+    }
+}
+
+#[test]
+fn state_machines_use_no_names_but_those_of_rust_and_aws() {
+    let ours: BTreeSet<&str> = ErrorName::ALL.into_iter().map(ErrorName::as_str).collect();
+    let of_aws = |name: &str| ["States.", "Lambda.", "Iot.", "Sns."].iter().any(|prefix| name.starts_with(prefix));
+    let steps: BTreeSet<&str> = Step::ALL.into_iter().map(Step::name).collect();
+    for (file, machine) in state_machines() {
+        let mut errors = Vec::new();
+        all(&machine, "ErrorEquals", &mut errors);
+        let mut names = Vec::new();
+        errors.iter().for_each(|value| texts(value, &mut names));
+        for name in names {
+            assert!(ours.contains(name) || of_aws(name), "{file}: no such error: {name}");
+        }
+        let mut reasons = Vec::new();
+        all(&machine, "reason", &mut reasons);
+        for reason in reasons.iter().filter_map(|reason| reason.as_str()).filter(|reason| !reason.starts_with("{%")) {
+            assert!(ours.contains(reason), "{file}: no such reason: {reason}");
+        }
+        // Steps that are waited for are those that devices report.
+        for state in machine["States"].as_object().expect("States").values() {
+            let awaited = &state["Arguments"]["Payload"]["step"];
+            assert!(awaited.is_null() || steps.contains(awaited.as_str().expect("a step")), "{file}: {awaited}");
+        }
+        let mut kinds = Vec::new();
+        all(&machine, "StringValue", &mut kinds);
+        for kind in kinds {
+            assert!(serde_json::from_value::<EventType>(kind.clone()).is_ok(), "{file}: no such event: {kind}");
+        }
+    }
+    for subscription in resources("AWS::SNS::Subscription").values() {
+        for kind in subscription["Properties"]["FilterPolicy"]["eventType"].as_array().into_iter().flatten() {
+            assert!(serde_json::from_value::<EventType>(kind.clone()).is_ok(), "no such event: {kind}");
+        }
+    }
+}
+
+#[test]
+fn every_placeholder_of_a_state_machine_is_filled() {
+    for machine in resources("AWS::Serverless::StateMachine").values() {
+        let text = read(machine["Properties"]["DefinitionUri"].as_str().expect("DefinitionUri"));
+        let given: BTreeSet<&str> =
+            machine["Properties"]["DefinitionSubstitutions"].as_object().expect("substitutions").keys().map(String::as_str).collect();
+        let asked: BTreeSet<&str> =
+            text.split("${").skip(1).map(|rest| rest.split_once('}').expect("a closed placeholder").0).collect();
+        assert_eq!(given, asked);
+    }
+}
+
+#[test]
+fn rules_listen_where_devices_speak() {
+    let mut heard = BTreeSet::new();
+    for (name, rule) in resources("AWS::IoT::TopicRule") {
+        let payload = &rule["Properties"]["TopicRulePayload"];
+        let sql = payload["Sql"].as_str().expect("Sql");
+        assert!(payload["ErrorAction"].is_object(), "{name}: what a rule cannot deliver goes to the dead-letter queue");
+        let filter = sql.split('\'').nth(3).expect("a topic filter");
+        if let Ok((protocol, thing)) = protocol_of_topic(&filter.replacen('+', "gateway-1", 1).replace('+', "response")) {
+            assert_eq!(thing.as_str(), "gateway-1", "{name}");
+            heard.insert(protocol.to_string());
+        }
+    }
+    assert_eq!(heard, BTreeSet::from(["json".to_owned(), "usp".to_owned()]));
+}
+
+#[test]
+fn every_message_from_outside_goes_through_a_queue_with_a_dead_letter_queue() {
+    for (name, queue) in resources("AWS::SQS::Queue") {
+        assert_eq!(queue["Properties"]["SqsManagedSseEnabled"], true, "{name} is encrypted");
+        if name != "DeadLetterQueue" {
+            let target = &queue["Properties"]["RedrivePolicy"]["deadLetterTargetArn"];
+            assert_eq!(target, "DeadLetterQueue.Arn", "{name}");
+            let mapping = &resources("AWS::Lambda::EventSourceMapping")[&format!("{name}Mapping")]["Properties"];
+            assert_eq!(mapping["FunctionResponseTypes"], serde_json::json!(["ReportBatchItemFailures"]), "{name}");
+            assert!(resources("AWS::CloudWatch::Alarm").contains_key(&format!("{name}AgeAlarm")), "{name}");
+        }
+    }
+    for (name, rule) in resources("AWS::IoT::TopicRule") {
+        let actions = rule["Properties"]["TopicRulePayload"]["Actions"].as_array().expect("actions").clone();
+        assert!(actions.iter().all(|action| action.get("Sqs").is_some()), "{name}");
+    }
+}
+
+#[test]
+fn roles_allow_named_actions_on_named_resources() {
+    let template = template();
+    let mut actions = Vec::new();
+    all(&template["Resources"], "Action", &mut actions);
+    let mut names = Vec::new();
+    actions.iter().for_each(|action| texts(action, &mut names));
+    for action in &names {
+        // Of the bucket's policy: it denies.
+        assert!(!action.contains('*') || *action == "s3:*", "{action}");
+        // Look-ups are by full key, so their cost does not grow with the fleet.
+        assert!(!["dynamodb:Query", "dynamodb:Scan", "iot:SearchIndex", "iot:DescribeEndpoint"].contains(action), "{action}");
+    }
+    let everything = read("template.yaml").lines().filter(|line| line.trim() == "Resource: \"*\"").count();
+    assert_eq!(everything, 2, "only log delivery and the account's IoT settings know no resources");
+}
