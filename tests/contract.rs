@@ -140,7 +140,11 @@ fn state_machines_go_only_where_there_is_something_and_everywhere_there_is() {
         let all: BTreeSet<&str> = states.keys().map(String::as_str).collect();
         assert_eq!(reached, all, "{file}: every state is reached");
         assert!(states.len() <= 15, "{file}: {} states are more than a reader keeps in mind", states.len());
-        assert!(machine["Comment"].is_string() && machine["QueryLanguage"] == "JSONata" && machine["TimeoutSeconds"].is_u64());
+        assert!(
+            machine["Comment"].is_string()
+                && machine["QueryLanguage"] == "JSONata"
+                && machine["TimeoutSeconds"].is_u64()
+        );
     }
 }
 
@@ -204,8 +208,12 @@ fn state_machines_use_no_names_but_those_of_rust_and_aws() {
 fn every_placeholder_of_a_state_machine_is_filled() {
     for machine in resources("AWS::Serverless::StateMachine").values() {
         let text = read(machine["Properties"]["DefinitionUri"].as_str().expect("DefinitionUri"));
-        let given: BTreeSet<&str> =
-            machine["Properties"]["DefinitionSubstitutions"].as_object().expect("substitutions").keys().map(String::as_str).collect();
+        let given: BTreeSet<&str> = machine["Properties"]["DefinitionSubstitutions"]
+            .as_object()
+            .expect("substitutions")
+            .keys()
+            .map(String::as_str)
+            .collect();
         let asked: BTreeSet<&str> =
             text.split("${").skip(1).map(|rest| rest.split_once('}').expect("a closed placeholder").0).collect();
         assert_eq!(given, asked);
@@ -220,7 +228,8 @@ fn rules_listen_where_devices_speak() {
         let sql = payload["Sql"].as_str().expect("Sql");
         assert!(payload["ErrorAction"].is_object(), "{name}: what a rule cannot deliver goes to the dead-letter queue");
         let filter = sql.split('\'').nth(3).expect("a topic filter");
-        if let Ok((protocol, thing)) = protocol_of_topic(&filter.replacen('+', "gateway-1", 1).replace('+', "response")) {
+        if let Ok((protocol, thing)) = protocol_of_topic(&filter.replacen('+', "gateway-1", 1).replace('+', "response"))
+        {
             assert_eq!(thing.as_str(), "gateway-1", "{name}");
             heard.insert(protocol.to_string());
         }
@@ -257,7 +266,10 @@ fn roles_allow_named_actions_on_named_resources() {
         // Of the bucket's policy: it denies.
         assert!(!action.contains('*') || *action == "s3:*", "{action}");
         // Look-ups are by full key, so their cost does not grow with the fleet.
-        assert!(!["dynamodb:Query", "dynamodb:Scan", "iot:SearchIndex", "iot:DescribeEndpoint"].contains(action), "{action}");
+        assert!(
+            !["dynamodb:Query", "dynamodb:Scan", "iot:SearchIndex", "iot:DescribeEndpoint"].contains(action),
+            "{action}"
+        );
     }
     let everything = read("template.yaml").lines().filter(|line| line.trim() == "Resource: \"*\"").count();
     assert_eq!(everything, 2, "only log delivery and the account's IoT settings know no resources");

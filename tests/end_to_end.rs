@@ -7,9 +7,7 @@ use aws_sdk_sfn::types::{ExecutionStatus, HistoryEventType};
 use device_simulator::provision::ProtocolMix;
 use device_simulator::{CutPoint, Fault, Faults, Outcome};
 use fleet::workflows::rendezvous::{Answer, Meeting, Operation, Rendezvous, Wait};
-use protocol::{
-    Command, DeviceFailure, JobId, OperationId, ProtocolName, Publication, Step, StepOutcome, ThingName,
-};
+use protocol::{Command, DeviceFailure, JobId, OperationId, ProtocolName, Publication, Step, StepOutcome, ThingName};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use tests::{Cloud, Ended, ScriptedDevice, eventually, names, with_faults};
@@ -236,14 +234,13 @@ async fn a_repeated_notification_starts_nothing_and_a_foreign_job_is_left_alone(
 
 /// Whether no queue but the dead-letter queue holds a message.
 async fn queues_are_empty(cloud: &Cloud) -> bool {
-    use aws_sdk_sqs::types::QueueAttributeName::{
-        ApproximateNumberOfMessages, ApproximateNumberOfMessagesNotVisible,
-    };
+    use aws_sdk_sqs::types::QueueAttributeName::{ApproximateNumberOfMessages, ApproximateNumberOfMessagesNotVisible};
     let dead_letters = cloud.output("DeadLetterQueueUrl");
     let urls = cloud.sqs.list_queues().send().await.expect("queues").queue_urls.unwrap_or_default();
     for url in urls.iter().filter(|url| *url != dead_letters && url.contains("JobNotifications")) {
         let get = cloud.sqs.get_queue_attributes().queue_url(url);
-        let get = get.attribute_names(ApproximateNumberOfMessages).attribute_names(ApproximateNumberOfMessagesNotVisible);
+        let get =
+            get.attribute_names(ApproximateNumberOfMessages).attribute_names(ApproximateNumberOfMessagesNotVisible);
         let attributes = get.send().await.expect("attributes").attributes.unwrap_or_default();
         if attributes.values().any(|count| count != "0") {
             return false;
@@ -288,7 +285,7 @@ async fn early_repeated_reordered_and_wrong_messages() {
         // From the wrong device: it fails its own operation of that id, and nobody else's.
         let wrong: OperationId = "nobody-asked-1".parse().unwrap();
         let failure = StepOutcome::Failed(DeviceFailure { code: "7000".into(), message: "no".into() });
-        other.answer(&operation, &other_reply_to, Step::FirmwareTransferred, failure).await;
+        other.answer(&operation, &other_reply_to, Step::FirmwareTransferred, failure.clone()).await;
         // With a wrong operation id, malformed, oversized.
         device.succeed(&wrong, &reply_to, Step::DeviceRebooted, "9.9.9").await;
         let sample = device.encoding().encode_boot(&device.thing, "1.0.0", 0);
@@ -296,12 +293,14 @@ async fn early_repeated_reordered_and_wrong_messages() {
         device.publish(Publication { topic: sample.topic.clone(), payload: malformed.clone().into_bytes() }).await;
         let oversized = vec![b'x'; protocol::MAX_PAYLOAD_BYTES + 1];
         device.publish(Publication { topic: sample.topic.clone(), payload: oversized }).await;
-        // Everything at once, before any but the first wait is there, backwards, and twice; the second time otherwise.
+        // Everything at once, before any but the first wait is there, backwards; and then the contrary.
         for step in DEVICE_STEPS.into_iter().rev() {
             device.succeed(&operation, &reply_to, step, "2.0.0").await;
         }
         for step in DEVICE_STEPS {
-            device.succeed(&operation, &reply_to, step, "0.0.1").await;
+            eventually("the answer has come", || async { item(&cloud, &device.thing, &operation, step).await?.answer })
+                .await;
+            device.answer(&operation, &reply_to, step, failure.clone()).await;
         }
 
         let ended = cloud.ended(&job, &names(&devices)).await;
@@ -357,11 +356,13 @@ async fn nothing_is_sent_to_devices_that_need_or_want_no_upgrade() {
     let cloud = Cloud::connect().await;
     let (group, devices) = cloud.provision("eligible", 2, ProtocolMix::All(ProtocolName::Json)).await;
     let things = names(&devices);
-    let attributes = aws_sdk_iot::types::AttributePayload::builder().attributes("upgradable", "false").merge(true).build();
+    let attributes =
+        aws_sdk_iot::types::AttributePayload::builder().attributes("upgradable", "false").merge(true).build();
     let update = cloud.iot.update_thing().thing_name(things[1].as_str()).attribute_payload(attributes);
     update.send().await.expect("the attribute is set");
     let current = cloud.upload("1.0.0", 1000).await;
-    let attributes = aws_sdk_iot::types::AttributePayload::builder().attributes("firmwareVersion", "0.9.0").merge(true).build();
+    let attributes =
+        aws_sdk_iot::types::AttributePayload::builder().attributes("firmwareVersion", "0.9.0").merge(true).build();
     let update = cloud.iot.update_thing().thing_name(things[1].as_str()).attribute_payload(attributes);
     update.send().await.expect("the attribute is set");
     let job = cloud.create_job(&group, &current, nothing()).await;
@@ -401,7 +402,8 @@ async fn a_boot_that_nobody_asked_for_is_a_domain_event() {
     let name = format!("listener-{}", uuid::Uuid::new_v4().simple());
     let queue = cloud.sqs.create_queue().queue_name(&name).send().await.unwrap().queue_url.unwrap();
     let arn = aws_sdk_sqs::types::QueueAttributeName::QueueArn;
-    let attributes = cloud.sqs.get_queue_attributes().queue_url(&queue).attribute_names(arn.clone()).send().await.unwrap();
+    let attributes =
+        cloud.sqs.get_queue_attributes().queue_url(&queue).attribute_names(arn.clone()).send().await.unwrap();
     let subscribe = cloud.sns.subscribe().topic_arn(cloud.output("EventsTopicArn")).protocol("sqs");
     let subscribe = subscribe.endpoint(&attributes.attributes.unwrap()[&arn]).attributes("RawMessageDelivery", "true");
     subscribe.attributes("FilterPolicy", r#"{"eventType":["DEVICE_BOOTED"]}"#).send().await.expect("subscribed");
@@ -411,7 +413,8 @@ async fn a_boot_that_nobody_asked_for_is_a_domain_event() {
         let device = ScriptedDevice::connect(spec).await;
         device.publish(device.encoding().encode_boot(&device.thing, "1.0.0", 7)).await;
         let event = eventually("the boot is told", || async {
-            let receive = cloud.sqs.receive_message().queue_url(&queue).visibility_timeout(0).max_number_of_messages(10);
+            let receive =
+                cloud.sqs.receive_message().queue_url(&queue).visibility_timeout(0).max_number_of_messages(10);
             let messages = receive.send().await.ok()?.messages.unwrap_or_default();
             let events = messages.iter().filter_map(|message| serde_json::from_str::<Value>(message.body()?).ok());
             events.into_iter().find(|event| event["thingName"] == device.thing.as_str())
@@ -510,17 +513,22 @@ async fn a_killed_function_loses_nothing() {
 /// Kills the running processes of a Lambda function of this run's cloud, as a failing host would; how many.
 fn kill_functions(function: &str) -> usize {
     let endpoint = std::env::var("AWS_ENDPOINT_URL").expect("AWS_ENDPOINT_URL");
-    let processes = std::fs::read_dir("/proc").expect("/proc").filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    let processes =
+        std::fs::read_dir("/proc").expect("/proc").filter_map(|entry| entry.ok()?.file_name().into_string().ok());
     let ours = processes.filter(|pid| {
         let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
         let environment = String::from_utf8_lossy(&environment).into_owned();
         let has = |name: &str, value: &str| {
-            environment.split('\0').any(|line| line.split_once('=').is_some_and(|(n, v)| n == name && v.contains(value)))
+            environment
+                .split('\0')
+                .any(|line| line.split_once('=').is_some_and(|(n, v)| n == name && v.contains(value)))
         };
         has("AWS_LAMBDA_FUNCTION_NAME", function) && has("AWS_ENDPOINT_URL", &endpoint)
     });
-    ours.filter(|pid| std::process::Command::new("kill").args(["-9", pid]).status().is_ok_and(|status| status.success()))
-        .count()
+    ours.filter(|pid| {
+        std::process::Command::new("kill").args(["-9", pid]).status().is_ok_and(|status| status.success())
+    })
+    .count()
 }
 
 /// The table does to an item what the rules say, whatever comes in whatever order.
@@ -569,7 +577,8 @@ async fn the_table_follows_the_rules_of_the_rendezvous() {
 async fn a_look_up_costs_the_same_among_one_and_among_a_thousand_devices() {
     let cloud = Cloud::connect().await;
     let rendezvous = Rendezvous::new(&cloud.config, cloud.output("RendezvousTableName").to_owned());
-    let operation = OperationId::of_job_execution(&format!("flat-{}", uuid::Uuid::new_v4().simple()).parse().unwrap(), 1);
+    let operation =
+        OperationId::of_job_execution(&format!("flat-{}", uuid::Uuid::new_v4().simple()).parse().unwrap(), 1);
     let answer = Answer::Succeeded { firmware_version: None };
     let mut costs = Vec::new();
     for number in 0..1000 {
@@ -586,4 +595,69 @@ async fn a_look_up_costs_the_same_among_one_and_among_a_thousand_devices() {
     }
     println!("capacity units of a look-up among 1, 10, 100 and 1,000 devices of a job: {costs:?}");
     assert!(costs.iter().all(|cost| (cost - costs[0]).abs() < f64::EPSILON), "{costs:?}");
+}
+
+/// `cargo lambda watch` and `cargo lambda invoke`, as the README has them for work on one function.
+#[tokio::test]
+#[ignore = "needs the local cloud: cargo xtask test"]
+async fn create_job_runs_under_cargo_lambda_watch() {
+    let cloud = Cloud::connect().await;
+    let (group, _) = cloud.provision("watch", 1, ProtocolMix::Mixed).await;
+    let image = cloud.upload("2.0.0", 1000).await;
+    let folder = Cloud::folder("watch");
+    std::fs::create_dir_all(&folder).expect("a folder");
+    let payload = json!({
+        "firmwareVersion": "2.0.0", "upgradeTrigger": "manual", "targetArn": group, "artifact": image.artifact,
+    });
+    std::fs::write(folder.join("upgrade.json"), payload.to_string()).expect("a payload");
+    let configuration = cloud.lambda.get_function_configuration().function_name(cloud.output("CreateJobFunctionName"));
+    let environment = configuration.send().await.expect("the function").environment.expect("its environment");
+    let variables = environment.variables.expect("its variables");
+
+    // Built first: the watcher builds at the first call, which would wait for minutes.
+    let built = cargo().args(["build", "--bin", "create-job"]).status().expect("cargo");
+    assert!(built.success());
+    let port =
+        std::net::TcpListener::bind("127.0.0.1:0").and_then(|socket| socket.local_addr()).expect("a port").port();
+    let log = std::fs::File::create(folder.join("watch.log")).expect("a log");
+    let mut watch = cargo();
+    watch.args(["lambda", "watch", "--ignore-changes", "--invoke-port", &port.to_string()]).envs(variables);
+    watch.stdout(log.try_clone().expect("a log")).stderr(log);
+    let _watch = ProcessGroup::start(&mut watch);
+    let answer = eventually("create-job answers", || async {
+        let mut invoke = cargo();
+        invoke.args(["lambda", "invoke", "create-job", "--invoke-port", &port.to_string(), "--data-file"]);
+        let output = invoke.arg(folder.join("upgrade.json")).output().expect("cargo lambda invoke");
+        serde_json::from_slice::<Value>(&output.stdout).ok().filter(|answer| answer["jobId"].is_string())
+    })
+    .await;
+    let job = cloud.iot.describe_job().job_id(answer["jobId"].as_str().unwrap()).send().await.expect("the job");
+    assert_eq!(job.job.unwrap().job_arn.as_deref(), answer["jobArn"].as_str());
+}
+
+/// Cargo with the subcommands of the build environment, at the workspace's root.
+fn cargo() -> std::process::Command {
+    let mut command = std::process::Command::new("cargo");
+    let venv = std::env::var("FLEETFLOW_VENV_BUILD").expect("FLEETFLOW_VENV_BUILD");
+    command.env("PATH", format!("{venv}/bin:{}", std::env::var("PATH").unwrap_or_default()));
+    command.current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."));
+    command
+}
+
+/// A process with all its children, ended together.
+struct ProcessGroup(std::process::Child);
+
+impl ProcessGroup {
+    fn start(command: &mut std::process::Command) -> Self {
+        use std::os::unix::process::CommandExt;
+        Self(command.process_group(0).spawn().expect("the process starts"))
+    }
+}
+
+impl Drop for ProcessGroup {
+    fn drop(&mut self) {
+        let group = format!("-{}", self.0.id());
+        let _ = std::process::Command::new("kill").args(["-TERM", "--", &group]).status();
+        let _ = self.0.wait();
+    }
 }

@@ -172,7 +172,11 @@ impl Cloud {
     }
 
     /// A thing's job execution: its status and status details.
-    pub async fn job_execution(&self, job: &str, thing: &ThingName) -> Option<(JobExecutionStatus, HashMap<String, String>)> {
+    pub async fn job_execution(
+        &self,
+        job: &str,
+        thing: &ThingName,
+    ) -> Option<(JobExecutionStatus, HashMap<String, String>)> {
         let describe = self.iot.describe_job_execution().job_id(job).thing_name(thing.as_str()).send().await.ok()?;
         let execution = describe.execution?;
         let details = execution.status_details.and_then(|details| details.details_map).unwrap_or_default();
@@ -189,7 +193,8 @@ impl Cloud {
     pub async fn ended(&self, job: &str, things: &[ThingName]) -> BTreeMap<ThingName, Ended> {
         let mut all = BTreeMap::new();
         for thing in things {
-            let ended = eventually(&format!("{thing} ends {job}"), || async {
+            let what = format!("{thing} ends {job}");
+            let ended = eventually(&what, || async {
                 let (status, mut details) = self.job_execution(job, thing).await?;
                 let open = matches!(status, JobExecutionStatus::Queued | JobExecutionStatus::InProgress);
                 let reason = details.remove("reason").unwrap_or_default();

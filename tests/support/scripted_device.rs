@@ -29,7 +29,8 @@ impl ScriptedDevice {
     /// Connects with the device's certificate and subscribes to its commands.
     pub async fn connect(device: &DeviceSpec) -> Self {
         let read = |path: std::path::PathBuf| std::fs::read(&path).unwrap_or_else(|error| panic!("{path:?}: {error}"));
-        let identity = (read(device.certificates.join("certificate.pem")), read(device.certificates.join("private.key")));
+        let identity =
+            (read(device.certificates.join("certificate.pem")), read(device.certificates.join("private.key")));
         let endpoint = std::env::var("FLEETFLOW_MQTT_ENDPOINT").expect("FLEETFLOW_MQTT_ENDPOINT");
         let (host, port) = endpoint.split_once(':').expect("host:port");
         let mut options = MqttOptions::new(device.thing.as_str(), host, port.parse().expect("a port"));
@@ -37,7 +38,10 @@ impl ScriptedDevice {
         options.set_clean_session(false);
         options.set_max_packet_size(256 * 1024, 256 * 1024);
         let (client, mut events) = AsyncClient::new(options, 64);
-        client.subscribe(device.protocol.encoding().command_filter(&device.thing), QoS::AtLeastOnce).await.expect("subscribe");
+        client
+            .subscribe(device.protocol.encoding().command_filter(&device.thing), QoS::AtLeastOnce)
+            .await
+            .expect("subscribe");
         let (received, commands) = mpsc::unbounded_channel();
         let (subscribed, ready) = tokio::sync::oneshot::channel();
         let protocol = device.protocol;
@@ -49,7 +53,8 @@ impl ScriptedDevice {
                         let _ = subscribed.take().map(|subscribed| subscribed.send(()));
                     }
                     Ok(Event::Incoming(Packet::Publish(message))) => {
-                        if let Ok(Some(command)) = protocol.encoding().decode_command(&message.topic, &message.payload) {
+                        if let Ok(Some(command)) = protocol.encoding().decode_command(&message.topic, &message.payload)
+                        {
                             let _ = received.send(command);
                         }
                     }

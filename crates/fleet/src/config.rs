@@ -4,8 +4,6 @@
 pub fn required(name: &str) -> Result<String, String> {
     match std::env::var(name) {
         Ok(value) if !value.is_empty() => Ok(value),
-        _ => Err(format!(
-            "the environment variable {name} is not set: see the function in template.yaml"
-        )),
+        _ => Err(format!("the environment variable {name} is not set: see the function in template.yaml")),
     }
 }

@@ -51,8 +51,7 @@ where
     init_default_subscriber();
     let handler = &handler;
     lambda_runtime::run(service_fn(move |event: LambdaEvent<SqsEvent>| async move {
-        let outcomes =
-            event.payload.records.into_iter().map(|message| settle(dead_letters, handler, message));
+        let outcomes = event.payload.records.into_iter().map(|message| settle(dead_letters, handler, message));
         let mut response = SqsBatchResponse::default();
         response.set_failures(join_all(outcomes).await.into_iter().flatten());
         Ok::<_, Diagnostic>(response)
@@ -61,11 +60,7 @@ where
 }
 
 /// Handles one message; returns its id if the queue shall deliver it again.
-async fn settle<F>(
-    dead_letters: &DeadLetters,
-    handler: &impl Fn(String) -> F,
-    message: SqsMessage,
-) -> Option<String>
+async fn settle<F>(dead_letters: &DeadLetters, handler: &impl Fn(String) -> F, message: SqsMessage) -> Option<String>
 where
     F: Future<Output = Result<(), Error>>,
 {
@@ -73,20 +68,10 @@ where
     let body = message.body.unwrap_or_default();
     let error = handler(body.clone()).await.err()?;
     if error.name.is_transient() {
-        tracing::warn!(
-            outcome = "RETRY",
-            error = error.name.as_str(),
-            message = error.message,
-            message_id = id
-        );
+        tracing::warn!(outcome = "RETRY", error = error.name.as_str(), message = error.message, message_id = id);
         return Some(id);
     }
-    tracing::error!(
-        outcome = "DEAD_LETTERED",
-        error = error.name.as_str(),
-        message = error.message,
-        message_id = id
-    );
+    tracing::error!(outcome = "DEAD_LETTERED", error = error.name.as_str(), message = error.message, message_id = id);
     match dead_letters.send(body, message.event_source_arn.as_deref(), &error).await {
         Ok(()) => None,
         Err(error) => {
@@ -112,10 +97,7 @@ mod tests {
     fn a_bad_payload_is_an_invalid_input_that_names_the_field() {
         for (payload, message) in [
             (serde_json::json!({"size": -1}), "size: invalid value: integer `-1`, expected u32"),
-            (
-                serde_json::json!({"size": 1, "colour": 2}),
-                "colour: unknown field `colour`, expected `size`",
-            ),
+            (serde_json::json!({"size": 1, "colour": 2}), "colour: unknown field `colour`, expected `size`"),
             (serde_json::json!({}), "payload: missing field `size`"),
         ] {
             let error = decode::<Input>(payload).unwrap_err();

@@ -36,8 +36,7 @@ impl MqttMessage {
 
 /// Reads JSON; `what` is named in the error.
 pub fn json<T: DeserializeOwned>(what: &str, bytes: &[u8]) -> Result<T, Error> {
-    serde_json::from_slice(bytes)
-        .map_err(|error| Error::new(ErrorName::MalformedMessage, format!("{what}: {error}")))
+    serde_json::from_slice(bytes).map_err(|error| Error::new(ErrorName::MalformedMessage, format!("{what}: {error}")))
 }
 
 /// The dead-letter queue.
@@ -50,19 +49,11 @@ pub struct DeadLetters {
 impl DeadLetters {
     /// Sends to the queue that `DEAD_LETTER_QUEUE_URL` names.
     pub fn from_environment(config: &aws_config::SdkConfig) -> Result<Self, String> {
-        Ok(Self {
-            client: Client::new(config),
-            queue_url: crate::config::required("DEAD_LETTER_QUEUE_URL")?,
-        })
+        Ok(Self { client: Client::new(config), queue_url: crate::config::required("DEAD_LETTER_QUEUE_URL")? })
     }
 
     /// Keeps a message that will never pass, with the reason and the queue that it came from as attributes.
-    pub async fn send(
-        &self,
-        body: String,
-        source: Option<&str>,
-        reason: &Error,
-    ) -> Result<(), Error> {
+    pub async fn send(&self, body: String, source: Option<&str>, reason: &Error) -> Result<(), Error> {
         let mut request = self.client.send_message().queue_url(&self.queue_url).message_body(body);
         let message = reason.message.chars().take(1000).collect();
         for (name, value) in [
@@ -70,10 +61,8 @@ impl DeadLetters {
             ("errorMessage", message),
             ("sourceQueueArn", source.unwrap_or("unknown").to_owned()),
         ] {
-            let attribute =
-                MessageAttributeValue::builder().data_type("String").string_value(value).build();
-            request =
-                request.message_attributes(name, attribute.map_err(|error| malformed(&error))?);
+            let attribute = MessageAttributeValue::builder().data_type("String").string_value(value).build();
+            request = request.message_attributes(name, attribute.map_err(|error| malformed(&error))?);
         }
         request.send().await.map_err(|error| aws("sqs:SendMessage", &error))?;
         Ok(())

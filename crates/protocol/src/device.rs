@@ -85,11 +85,7 @@ pub trait DeviceProtocol: Send + Sync {
     fn command_filter(&self, thing: &ThingName) -> String;
 
     /// Reads a command on the device; `None` for messages that are no commands.
-    fn decode_command(
-        &self,
-        topic: &str,
-        payload: &[u8],
-    ) -> Result<Option<ReceivedCommand>, DecodeError>;
+    fn decode_command(&self, topic: &str, payload: &[u8]) -> Result<Option<ReceivedCommand>, DecodeError>;
 
     /// The message by which a device answers a command; `None` where the protocol has no word for it (USP agents
     /// report no progress). `now` is in Unix milliseconds.
@@ -123,11 +119,7 @@ pub fn protocol_of_topic(topic: &str) -> Result<(ProtocolName, ThingName), Decod
 }
 
 pub(crate) fn check_size(payload: &[u8]) -> Result<(), DecodeError> {
-    if payload.len() > MAX_PAYLOAD_BYTES {
-        Err(DecodeError::TooLarge(payload.len()))
-    } else {
-        Ok(())
-    }
+    if payload.len() > MAX_PAYLOAD_BYTES { Err(DecodeError::TooLarge(payload.len())) } else { Ok(()) }
 }
 
 /// The thing between a topic's prefix and suffix.
@@ -136,12 +128,7 @@ pub(crate) fn thing_between(topic: &str, prefix: &str, suffix: &str) -> Option<T
 }
 
 /// A report that a step has failed.
-pub(crate) fn failed(
-    step: Step,
-    operation_id: OperationId,
-    code: String,
-    message: String,
-) -> Report {
+pub(crate) fn failed(step: Step, operation_id: OperationId, code: String, message: String) -> Report {
     let outcome = crate::StepOutcome::Failed(crate::DeviceFailure { code, message });
     Report::Response(Response { operation_id, step, outcome })
 }

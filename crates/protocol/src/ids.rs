@@ -98,10 +98,7 @@ mod tests {
         }
         assert!("a:b".parse::<JobId>().is_err());
         let error = "a/b".parse::<ThingName>().unwrap_err().to_string();
-        assert_eq!(
-            error,
-            "\"a/b\" is no thing name: expected 1 to 128 characters of a-z A-Z 0-9 : _ -"
-        );
+        assert_eq!(error, "\"a/b\" is no thing name: expected 1 to 128 characters of a-z A-Z 0-9 : _ -");
     }
 
     #[test]

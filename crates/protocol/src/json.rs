@@ -2,8 +2,8 @@
 
 use crate::device::{check_size, failed, thing_between};
 use crate::{
-    Command, DecodeError, DeviceEvent, DeviceProtocol, Firmware, OperationId, Publication,
-    Received, ReceivedCommand, ReplyTo, Report, Response, Step, StepOutcome, ThingName,
+    Command, DecodeError, DeviceEvent, DeviceProtocol, Firmware, OperationId, Publication, Received, ReceivedCommand,
+    ReplyTo, Report, Response, Step, StepOutcome, ThingName,
 };
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -86,15 +86,11 @@ impl Answer {
         }
         let Some(operation_id) = self.operation_id else {
             let event = match (self.name, self.status) {
-                (Step::DeviceRebooted, Status::Success) => DeviceEvent::Booted {
-                    cause: "Reboot".to_owned(),
-                    firmware_version: self.firmware_version,
-                },
+                (Step::DeviceRebooted, Status::Success) => {
+                    DeviceEvent::Booted { cause: "Reboot".to_owned(), firmware_version: self.firmware_version }
+                }
                 (step, _) => {
-                    return Err(DecodeError::malformed(
-                        "operationId",
-                        format!("{} needs one", step.name()),
-                    ));
+                    return Err(DecodeError::malformed("operationId", format!("{} needs one", step.name())));
                 }
             };
             return Ok(Report::Event(event));
@@ -103,8 +99,7 @@ impl Answer {
             Status::Success => StepOutcome::Succeeded { firmware_version: self.firmware_version },
             Status::InProgress => StepOutcome::InProgress { progress: self.progress },
             Status::Fail => {
-                let error =
-                    self.error.unwrap_or(ErrorBody { code: String::new(), message: String::new() });
+                let error = self.error.unwrap_or(ErrorBody { code: String::new(), message: String::new() });
                 return Ok(failed(self.name, operation_id, error.code, error.message));
             }
         };
@@ -119,21 +114,18 @@ impl DeviceProtocol for Json {
 
     fn encode_command(&self, thing: &ThingName, command: &Command, now: i64) -> Publication {
         let (name, value) = match command {
-            Command::Download { firmware, .. } => {
-                (RequestName::DownloadFirmware, Some(firmware.clone()))
-            }
+            Command::Download { firmware, .. } => (RequestName::DownloadFirmware, Some(firmware.clone())),
             Command::CancelDownload { .. } => (RequestName::CancelDownload, None),
         };
         let operation_id = command.operation_id().clone();
-        let request =
-            Request { operation_id, name, kind: Some("REQ".into()), value, timestamp: Some(now) };
+        let request = Request { operation_id, name, kind: Some("REQ".into()), value, timestamp: Some(now) };
         publication(format!("devices/{thing}/firmware_req"), &request)
     }
 
     fn decode_report(&self, _: &ThingName, payload: &[u8]) -> Result<Received, DecodeError> {
         check_size(payload)?;
-        let answer: Answer = serde_json::from_slice(payload)
-            .map_err(|error| DecodeError::malformed("firmware_resp", error))?;
+        let answer: Answer =
+            serde_json::from_slice(payload).map_err(|error| DecodeError::malformed("firmware_resp", error))?;
         Ok(Received { report: answer.into_report()?, acknowledgement: None })
     }
 
@@ -141,19 +133,13 @@ impl DeviceProtocol for Json {
         format!("devices/{thing}/firmware_req")
     }
 
-    fn decode_command(
-        &self,
-        _: &str,
-        payload: &[u8],
-    ) -> Result<Option<ReceivedCommand>, DecodeError> {
+    fn decode_command(&self, _: &str, payload: &[u8]) -> Result<Option<ReceivedCommand>, DecodeError> {
         check_size(payload)?;
-        let request: Request = serde_json::from_slice(payload)
-            .map_err(|error| DecodeError::malformed("firmware_req", error))?;
+        let request: Request =
+            serde_json::from_slice(payload).map_err(|error| DecodeError::malformed("firmware_req", error))?;
         let operation_id = request.operation_id;
         let command = match (request.name, request.value) {
-            (RequestName::DownloadFirmware, Some(firmware)) => {
-                Command::Download { operation_id, firmware }
-            }
+            (RequestName::DownloadFirmware, Some(firmware)) => Command::Download { operation_id, firmware },
             (RequestName::DownloadFirmware, None) => {
                 return Err(DecodeError::malformed("value", "missing"));
             }
@@ -162,21 +148,12 @@ impl DeviceProtocol for Json {
         Ok(Some(ReceivedCommand { command, reply_to: ReplyTo::default() }))
     }
 
-    fn encode_response(
-        &self,
-        thing: &ThingName,
-        response: &Response,
-        _: &ReplyTo,
-        now: i64,
-    ) -> Option<Publication> {
+    fn encode_response(&self, thing: &ThingName, response: &Response, _: &ReplyTo, now: i64) -> Option<Publication> {
         let (status, progress, firmware_version, error) = match &response.outcome {
-            StepOutcome::Succeeded { firmware_version } => {
-                (Status::Success, None, firmware_version.clone(), None)
-            }
+            StepOutcome::Succeeded { firmware_version } => (Status::Success, None, firmware_version.clone(), None),
             StepOutcome::InProgress { progress } => (Status::InProgress, *progress, None, None),
             StepOutcome::Failed(failure) => {
-                let error =
-                    ErrorBody { code: failure.code.clone(), message: failure.message.clone() };
+                let error = ErrorBody { code: failure.code.clone(), message: failure.message.clone() };
                 (Status::Fail, None, None, Some(error))
             }
         };
@@ -218,10 +195,7 @@ impl DeviceProtocol for Json {
         let payload = format!(
             r#"{{"operationId":"{operation}","name":"DEVICE_REBOOTED","type":"RESP","status":"FAIL","error":"boot","timestamp":{now}}}"#
         );
-        Publication {
-            topic: format!("devices/{thing}/firmware_resp"),
-            payload: payload.into_bytes(),
-        }
+        Publication { topic: format!("devices/{thing}/firmware_resp"), payload: payload.into_bytes() }
     }
 }
 

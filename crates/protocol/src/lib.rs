@@ -14,13 +14,11 @@ mod presence;
 mod usp;
 
 pub use device::{
-    Acknowledgement, DecodeError, DeviceProtocol, MAX_PAYLOAD_BYTES, Publication, Received,
-    ReceivedCommand, ReplyTo, protocol_of_topic,
+    Acknowledgement, DecodeError, DeviceProtocol, MAX_PAYLOAD_BYTES, Publication, Received, ReceivedCommand, ReplyTo,
+    protocol_of_topic,
 };
 pub use ids::{InvalidId, JobId, OperationId, ThingName};
-pub use operation::{
-    Command, DeviceEvent, DeviceFailure, Firmware, Report, Response, Step, StepOutcome,
-};
+pub use operation::{Command, DeviceEvent, DeviceFailure, Firmware, Report, Response, Step, StepOutcome};
 pub use presence::{Presence, PresenceEvent, PresenceKind};
 
 /// How a device encodes its messages: the value of the job document's and the thing attribute's `protocol`.

@@ -81,9 +81,7 @@ impl Command {
     /// The operation that the command belongs to.
     pub fn operation_id(&self) -> &OperationId {
         match self {
-            Self::Download { operation_id, .. } | Self::CancelDownload { operation_id } => {
-                operation_id
-            }
+            Self::Download { operation_id, .. } | Self::CancelDownload { operation_id } => operation_id,
         }
     }
 }

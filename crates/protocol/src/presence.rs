@@ -97,25 +97,10 @@ mod tests {
             ("its connect after its disconnect", event(Connected, "b", 5, 1000), &gone, false),
             ("the same disconnect again", event(Disconnected, "b", 5, 2000), &gone, false),
             ("a newer connection", event(Connected, "c", 6, 3000), &gone, true),
-            (
-                "the old one's disconnect after the new connect",
-                event(Disconnected, "a", 4, 3000),
-                &connected,
-                false,
-            ),
+            ("the old one's disconnect after the new connect", event(Disconnected, "a", 4, 3000), &connected, false),
             ("an old connect", event(Connected, "a", 4, 900), &connected, false),
-            (
-                "another session of the same number",
-                event(Connected, "c", 5, 1500),
-                &connected,
-                true,
-            ),
-            (
-                "the number is 0 again after an hour",
-                event(Connected, "c", 0, 3_600_000 + 2000),
-                &gone,
-                true,
-            ),
+            ("another session of the same number", event(Connected, "c", 5, 1500), &connected, true),
+            ("the number is 0 again after an hour", event(Connected, "c", 0, 3_600_000 + 2000), &gone, true),
             ("a low number shortly after", event(Connected, "c", 0, 60_000), &gone, false),
         ];
         for (case, event, known, expected) in cases {

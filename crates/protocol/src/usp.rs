@@ -2,8 +2,8 @@
 
 use crate::device::{check_size, failed, thing_between};
 use crate::{
-    Command, DecodeError, DeviceEvent, DeviceProtocol, Firmware, OperationId, Publication,
-    Received, ReceivedCommand, ReplyTo, Report, Response, Step, StepOutcome, ThingName,
+    Command, DecodeError, DeviceEvent, DeviceProtocol, Firmware, OperationId, Publication, Received, ReceivedCommand,
+    ReplyTo, Report, Response, Step, StepOutcome, ThingName,
 };
 use percent_encoding::percent_decode_str;
 use rusp_lib::usp::mod_Body::OneOfmsg_body;
@@ -14,8 +14,8 @@ use rusp_lib::usp::mod_Request::OneOfreq_type;
 use rusp_lib::usp::mod_Response::OneOfresp_type;
 use rusp_lib::usp::{Body, Msg, Notify, Operate};
 use rusp_lib::usp_builder::{
-    MsgBuilder, NotifyBuilder, NotifyRespBuilder, OperateBuilder, OperateRespBuilder,
-    OperateRespResultBuilder, RecordBuilder,
+    MsgBuilder, NotifyBuilder, NotifyRespBuilder, OperateBuilder, OperateRespBuilder, OperateRespResultBuilder,
+    RecordBuilder,
 };
 use rusp_lib::usp_decoder::{try_decode_msg, try_decode_record};
 use rusp_lib::usp_record::mod_Record::OneOfrecord_type;
@@ -36,8 +36,7 @@ const SIGNATURE_ARG: &str = "X_FLEETFLOW_Signature";
 impl DeviceProtocol for Usp {
     fn thing_of_report(&self, topic: &str) -> Option<ThingName> {
         let prefix = format!("controllers/{CONTROLLER}/agents/");
-        thing_between(topic, &prefix, "/response")
-            .or_else(|| thing_between(topic, &prefix, "/reply"))
+        thing_between(topic, &prefix, "/response").or_else(|| thing_between(topic, &prefix, "/reply"))
     }
 
     fn encode_command(&self, thing: &ThingName, command: &Command, _: i64) -> Publication {
@@ -53,12 +52,8 @@ impl DeviceProtocol for Usp {
             }
             // TR-369: an asynchronous command in progress is an object with a Cancel() of its own.
             Command::CancelDownload { .. } => {
-                let path =
-                    format!("Device.LocalAgent.Request.[CommandKey==\"{operation}\"].Cancel()");
-                (
-                    format!("{CANCEL_PREFIX}{operation}"),
-                    OperateBuilder::new(path).with_send_resp(true),
-                )
+                let path = format!("Device.LocalAgent.Request.[CommandKey==\"{operation}\"].Cancel()");
+                (format!("{CANCEL_PREFIX}{operation}"), OperateBuilder::new(path).with_send_resp(true))
             }
         };
         let payload = record(thing.as_str(), CONTROLLER, &message_id, operate.build());
@@ -77,14 +72,13 @@ impl DeviceProtocol for Usp {
                 };
                 Ok(Received { report, acknowledgement: None })
             }
+            OneOfmsg_body::error(_) if message_id.starts_with(CANCEL_PREFIX) => {
+                Ok(Received { report: cancel_answered(), acknowledgement: None })
+            }
             OneOfmsg_body::error(error) => {
                 let operation_id = operation_of_message(&message_id)?;
-                let report = failed(
-                    Step::DownloadStarted,
-                    operation_id,
-                    error.err_code.to_string(),
-                    error.err_msg.clone(),
-                );
+                let report =
+                    failed(Step::DownloadStarted, operation_id, error.err_code.to_string(), error.err_msg.clone());
                 Ok(Received { report, acknowledgement: None })
             }
             OneOfmsg_body::request(request) => match request.req_type {
@@ -98,10 +92,7 @@ impl DeviceProtocol for Usp {
                     });
                     Ok(Received { report: notification(notify)?, acknowledgement })
                 }
-                other => Ok(Received {
-                    report: other_event(&format!("{other:?}")),
-                    acknowledgement: None,
-                }),
+                other => Ok(Received { report: other_event(&format!("{other:?}")), acknowledgement: None }),
             },
             OneOfmsg_body::None => Err(DecodeError::malformed("USP message", "it has no body")),
         }
@@ -111,11 +102,7 @@ impl DeviceProtocol for Usp {
         format!("agents/{thing}/usp/request/#")
     }
 
-    fn decode_command(
-        &self,
-        topic: &str,
-        payload: &[u8],
-    ) -> Result<Option<ReceivedCommand>, DecodeError> {
+    fn decode_command(&self, topic: &str, payload: &[u8]) -> Result<Option<ReceivedCommand>, DecodeError> {
         let (requester, message) = decode(payload)?;
         let message_id = message.header.map(|header| header.msg_id).unwrap_or_default();
         let Some(Body { msg_body: OneOfmsg_body::request(request) }) = message.body else {
@@ -128,10 +115,7 @@ impl DeviceProtocol for Usp {
         } else if let Some(key) = cancelled_key(&operate.command) {
             Command::CancelDownload { operation_id: operation_id(key)? }
         } else {
-            return Err(DecodeError::malformed(
-                "Operate.command",
-                format!("{:?} is not supported", operate.command),
-            ));
+            return Err(DecodeError::malformed("Operate.command", format!("{:?} is not supported", operate.command)));
         };
         let encoded = topic.split_once('=').map(|(_, reply)| reply).unwrap_or_default();
         let topic = percent_decode_str(encoded).decode_utf8_lossy().into_owned();
@@ -152,10 +136,7 @@ impl DeviceProtocol for Usp {
         if response.step == Step::DownloadStarted {
             let result = match &response.outcome {
                 StepOutcome::Failed(failure) => OperateRespResultBuilder::new(DOWNLOAD.into())
-                    .set_failure(
-                        failure.code.parse().unwrap_or(7002),
-                        Some(failure.message.clone()),
-                    ),
+                    .set_failure(failure.code.parse().unwrap_or(7002), Some(failure.message.clone())),
                 _ => OperateRespResultBuilder::new(DOWNLOAD.into()).set_output_args(Vec::new()),
             };
             let body = OperateRespBuilder::new().with_operation_results(vec![result]).build();
@@ -186,16 +167,10 @@ impl DeviceProtocol for Usp {
             },
             _ => {
                 let (updated, version) = match &response.outcome {
-                    StepOutcome::Succeeded { firmware_version } => {
-                        ("true", firmware_version.as_deref())
-                    }
+                    StepOutcome::Succeeded { firmware_version } => ("true", firmware_version.as_deref()),
                     _ => ("false", None),
                 };
-                notify.with_event(
-                    "Device.".into(),
-                    "Boot!".into(),
-                    boot(key, updated, &version_map(version)),
-                )
+                notify.with_event("Device.".into(), "Boot!".into(), boot(key, updated, &version_map(version)))
             }
         };
         Some(notification_message(thing, &reply_to.requester, key, notify))
@@ -236,8 +211,8 @@ fn request_topic(thing: &ThingName) -> String {
 
 fn decode(payload: &[u8]) -> Result<(String, Msg), DecodeError> {
     check_size(payload)?;
-    let record = try_decode_record(payload)
-        .map_err(|error| DecodeError::malformed("USP record", format!("{error:#}")))?;
+    let record =
+        try_decode_record(payload).map_err(|error| DecodeError::malformed("USP record", format!("{error:#}")))?;
     let OneOfrecord_type::no_session_context(content) = record.record_type else {
         return Err(DecodeError::malformed("USP record", "expected no_session_context"));
     };
@@ -255,29 +230,26 @@ fn operation_of_message(message_id: &str) -> Result<OperationId, DecodeError> {
 }
 
 fn other_event(debug: &str) -> Report {
-    Report::Event(DeviceEvent::Other {
-        name: debug.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect(),
-    })
+    Report::Event(DeviceEvent::Other { name: debug.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect() })
 }
 
-fn operate_response(
-    message_id: &str,
-    answer: rusp_lib::usp::OperateResp,
-) -> Result<Report, DecodeError> {
+/// Nobody waits for it: the device has dropped the download or had nothing to drop.
+fn cancel_answered() -> Report {
+    Report::Event(DeviceEvent::Other { name: "CancelAnswered".into() })
+}
+
+fn operate_response(message_id: &str, answer: rusp_lib::usp::OperateResp) -> Result<Report, DecodeError> {
     if message_id.starts_with(CANCEL_PREFIX) {
-        return Ok(Report::Event(DeviceEvent::Other { name: "CancelAnswered".into() }));
+        return Ok(cancel_answered());
     }
     let operation_id = operation_of_message(message_id)?;
     let Some(result) = answer.operation_results.into_iter().next() else {
         return Err(DecodeError::malformed("OperateResp", "it has no operation result"));
     };
     match result.operation_resp {
-        Acceptance::cmd_failure(failure) => Ok(failed(
-            Step::DownloadStarted,
-            operation_id,
-            failure.err_code.to_string(),
-            failure.err_msg.clone(),
-        )),
+        Acceptance::cmd_failure(failure) => {
+            Ok(failed(Step::DownloadStarted, operation_id, failure.err_code.to_string(), failure.err_msg.clone()))
+        }
         Acceptance::req_obj_path(_) | Acceptance::req_output_args(_) | Acceptance::None => {
             Ok(succeeded(Step::DownloadStarted, operation_id, None))
         }
@@ -285,11 +257,7 @@ fn operate_response(
 }
 
 fn succeeded(step: Step, operation_id: OperationId, firmware_version: Option<String>) -> Report {
-    Report::Response(Response {
-        operation_id,
-        step,
-        outcome: StepOutcome::Succeeded { firmware_version },
-    })
+    Report::Response(Response { operation_id, step, outcome: StepOutcome::Succeeded { firmware_version } })
 }
 
 fn notification(notify: Notify) -> Result<Report, DecodeError> {
@@ -315,9 +283,7 @@ fn notification(notify: Notify) -> Result<Report, DecodeError> {
                 _ => succeeded(Step::DownloadOperationDone, operation_id, None),
             })
         }
-        OneOfnotification::oper_complete(done) => {
-            Ok(Report::Event(DeviceEvent::Other { name: done.command_name }))
-        }
+        OneOfnotification::oper_complete(done) => Ok(Report::Event(DeviceEvent::Other { name: done.command_name })),
         other => Ok(other_event(&format!("{other:?}"))),
     }
 }
@@ -344,11 +310,7 @@ fn boot_report(params: &HashMap<String, String>) -> Result<Report, DecodeError> 
         .ok()
         .and_then(|map| map.get(SOFTWARE_VERSION)?.as_str().map(str::to_owned));
     if matches!(key, "" | "FirstBoot") {
-        let cause = if key.is_empty() {
-            params.get("Cause").cloned().unwrap_or_default()
-        } else {
-            key.to_owned()
-        };
+        let cause = if key.is_empty() { params.get("Cause").cloned().unwrap_or_default() } else { key.to_owned() };
         return Ok(Report::Event(DeviceEvent::Booted { cause, firmware_version: version }));
     }
     let operation_id = operation_id(key)?;
@@ -363,10 +325,7 @@ fn boot_report(params: &HashMap<String, String>) -> Result<Report, DecodeError> 
             };
             Ok(failed(Step::DeviceRebooted, operation_id, "FirmwareNotUpdated".into(), message))
         }
-        other => Err(DecodeError::malformed(
-            "FirmwareUpdated",
-            format!("{other:?}: expected \"true\" or \"false\""),
-        )),
+        other => Err(DecodeError::malformed("FirmwareUpdated", format!("{other:?}: expected \"true\" or \"false\""))),
     }
 }
 
@@ -398,18 +357,10 @@ fn firmware(operate: Operate) -> Result<Firmware, DecodeError> {
     let path = url.split(['?', '#']).next().unwrap_or_default();
     let version = path.rsplit('/').next().unwrap_or_default().to_owned();
     let size = match args.remove("FileSize") {
-        Some(text) => {
-            Some(text.parse().map_err(|error| DecodeError::malformed("FileSize", error))?)
-        }
+        Some(text) => Some(text.parse().map_err(|error| DecodeError::malformed("FileSize", error))?),
         None => None,
     };
-    Ok(Firmware {
-        version,
-        url,
-        sha256: args.remove("CheckSum"),
-        size,
-        signature: args.remove(SIGNATURE_ARG),
-    })
+    Ok(Firmware { version, url, sha256: args.remove("CheckSum"), size, signature: args.remove(SIGNATURE_ARG) })
 }
 
 fn cancelled_key(command: &str) -> Option<&str> {
@@ -452,27 +403,16 @@ fn notify(subscription_id: String) -> NotifyBuilder {
     NotifyBuilder::new(subscription_id).with_send_resp(true)
 }
 
-fn notification_message(
-    thing: &ThingName,
-    to: &str,
-    message_id: &str,
-    notify: NotifyBuilder,
-) -> Publication {
+fn notification_message(thing: &ThingName, to: &str, message_id: &str, notify: NotifyBuilder) -> Publication {
     let to = if to.is_empty() { CONTROLLER } else { to };
     let payload = record(to, thing.as_str(), message_id, notify.build());
     Publication { topic: format!("controllers/{CONTROLLER}/agents/{thing}/response"), payload }
 }
 
 /// A record around a message. The builders fail only when a part is missing, and none is.
-fn record(
-    to: &str,
-    from: &str,
-    message_id: &str,
-    body: Result<Body, impl std::fmt::Display>,
-) -> Vec<u8> {
+fn record(to: &str, from: &str, message_id: &str, body: Result<Body, impl std::fmt::Display>) -> Vec<u8> {
     let Ok(body) = body else { return Vec::new() };
-    let Ok(message) = MsgBuilder::new().with_msg_id(message_id.into()).with_body(body).build()
-    else {
+    let Ok(message) = MsgBuilder::new().with_msg_id(message_id.into()).with_body(body).build() else {
         return Vec::new();
     };
     RecordBuilder::new()

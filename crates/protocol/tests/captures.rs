@@ -1,9 +1,7 @@
 //! Traffic of devices in the field, recorded: all of it is read, and means what it meant there.
 
 use protocol::job::NotifyNext;
-use protocol::{
-    DeviceEvent, PresenceEvent, ProtocolName, Report, Response, StepOutcome, ThingName,
-};
+use protocol::{DeviceEvent, PresenceEvent, ProtocolName, Report, Response, StepOutcome, ThingName};
 use serde::Deserialize;
 
 #[derive(Deserialize)]
@@ -17,9 +15,8 @@ struct Recorded {
 impl Recorded {
     /// Some texts were recorded in place of their bytes.
     fn bytes(&self) -> Vec<u8> {
-        let digits: Option<Vec<u8>> = (0..self.hex.len() / 2)
-            .map(|i| u8::from_str_radix(self.hex.get(2 * i..2 * i + 2)?, 16).ok())
-            .collect();
+        let digits: Option<Vec<u8>> =
+            (0..self.hex.len() / 2).map(|i| u8::from_str_radix(self.hex.get(2 * i..2 * i + 2)?, 16).ok()).collect();
         digits.filter(|bytes| !bytes.is_empty()).unwrap_or_else(|| self.text.clone().into_bytes())
     }
 }
@@ -58,8 +55,7 @@ fn usp_reports(name: &str) -> Vec<String> {
     let thing: ThingName = "agent".parse().unwrap();
     let from_agent = |message: &Recorded| message.topic.starts_with("controllers/");
     let read = |message: Recorded| {
-        let received =
-            ProtocolName::Usp.encoding().decode_report(&thing, &message.bytes()).unwrap();
+        let received = ProtocolName::Usp.encoding().decode_report(&thing, &message.bytes()).unwrap();
         let acknowledged = if received.acknowledgement.is_some() { " (acknowledge)" } else { "" };
         describe(&received.report) + acknowledged
     };
@@ -110,10 +106,7 @@ fn failed_downloads_and_boots() {
 #[test]
 fn a_refusal() {
     let reports = usp_reports("reject");
-    assert_eq!(
-        reports,
-        ["FIRMWARE-DOWNLOAD@1795241026497 DOWNLOAD_STARTED failed 7002: Request denied"]
-    );
+    assert_eq!(reports, ["FIRMWARE-DOWNLOAD@1795241026497 DOWNLOAD_STARTED failed 7002: Request denied"]);
 }
 
 #[test]
@@ -123,20 +116,12 @@ fn commands_to_agents_read_as_the_agents_read_them() {
         let received: Vec<_> = recorded(name)
             .iter()
             .filter(|message| to_agent(message))
-            .map(|message| {
-                ProtocolName::Usp
-                    .encoding()
-                    .decode_command(&message.topic, &message.bytes())
-                    .unwrap()
-            })
+            .map(|message| ProtocolName::Usp.encoding().decode_command(&message.topic, &message.bytes()).unwrap())
             .collect();
         assert_eq!(received.len(), commands);
         for command in received.into_iter().flatten() {
             let reply = command.reply_to.topic;
-            assert!(
-                reply.starts_with("controllers/self::aws-usp-controller/usp/reply-to/"),
-                "{reply}"
-            );
+            assert!(reply.starts_with("controllers/self::aws-usp-controller/usp/reply-to/"), "{reply}");
             assert_eq!(command.reply_to.requester, "self::aws-usp-controller");
         }
     }
@@ -154,11 +139,7 @@ fn everything_that_the_broker_itself_published() {
             } else if message.topic.ends_with("/jobs/notify-next") {
                 let next: NotifyNext = serde_json::from_slice(&message.bytes()).unwrap();
                 jobs += 1;
-                foreign += next
-                    .execution
-                    .iter()
-                    .filter(|next| next.job_document.get("workflow").is_none())
-                    .count();
+                foreign += next.execution.iter().filter(|next| next.job_document.get("workflow").is_none()).count();
             }
         }
     }
@@ -177,7 +158,6 @@ fn what_belongs_to_other_workflows_is_no_answer_to_a_firmware_command() {
 #[test]
 fn a_step_that_no_workflow_knows_is_an_error() {
     let thing: ThingName = "gateway-1".parse().unwrap();
-    let payload =
-        br#"{"operationId":"job-1-1","name":"DEFRAGMENTED","type":"RESP","status":"SUCCESS"}"#;
+    let payload = br#"{"operationId":"job-1-1","name":"DEFRAGMENTED","type":"RESP","status":"SUCCESS"}"#;
     assert!(ProtocolName::Json.encoding().decode_report(&thing, payload).is_err());
 }

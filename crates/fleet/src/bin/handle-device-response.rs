@@ -13,7 +13,6 @@ async fn main() -> Result<(), lambda_runtime::Error> {
         mqtt: aws_sdk_iotdataplane::Client::new(&aws),
     };
     let dead_letters = DeadLetters::from_environment(&aws)?;
-    let handle =
-        move |body: String| async move { handle_device_response::handle(adapters, &body).await };
+    let handle = move |body: String| async move { handle_device_response::handle(adapters, &body).await };
     lambda::run_queue(&dead_letters, handle).await
 }

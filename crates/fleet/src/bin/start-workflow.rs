@@ -10,8 +10,5 @@ async fn main() -> Result<(), lambda_runtime::Error> {
         firmware_upgrade_arn: config::required("FIRMWARE_UPGRADE_ARN")?,
     };
     let dead_letters = DeadLetters::from_environment(&aws)?;
-    lambda::run_queue(&dead_letters, move |body| async move {
-        start_workflow::handle(adapters, &body).await
-    })
-    .await
+    lambda::run_queue(&dead_letters, move |body| async move { start_workflow::handle(adapters, &body).await }).await
 }

@@ -9,8 +9,5 @@ async fn main() -> Result<(), lambda_runtime::Error> {
     let rendezvous = Rendezvous::new(&aws, config::required("RENDEZVOUS_TABLE")?);
     let adapters = &stop_workflow::Adapters { rendezvous, iot: aws_sdk_iot::Client::new(&aws) };
     let dead_letters = DeadLetters::from_environment(&aws)?;
-    lambda::run_queue(&dead_letters, move |body| async move {
-        stop_workflow::handle(adapters, &body).await
-    })
-    .await
+    lambda::run_queue(&dead_letters, move |body| async move { stop_workflow::handle(adapters, &body).await }).await
 }

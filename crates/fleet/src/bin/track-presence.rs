@@ -7,9 +7,5 @@ async fn main() -> Result<(), lambda_runtime::Error> {
     let aws = aws::load().await;
     let adapters = &presence::Adapters::from_environment(&aws)?;
     let dead_letters = DeadLetters::from_environment(&aws)?;
-    lambda::run_queue(
-        &dead_letters,
-        move |body| async move { presence::track(adapters, &body).await },
-    )
-    .await
+    lambda::run_queue(&dead_letters, move |body| async move { presence::track(adapters, &body).await }).await
 }

@@ -7,9 +7,5 @@ async fn main() -> Result<(), lambda_runtime::Error> {
     let aws = aws::load().await;
     let jobs = &aws_sdk_iotjobsdataplane::Client::new(&aws);
     let dead_letters = DeadLetters::from_environment(&aws)?;
-    lambda::run_queue(
-        &dead_letters,
-        move |body| async move { update_job::handle(jobs, &body).await },
-    )
-    .await
+    lambda::run_queue(&dead_letters, move |body| async move { update_job::handle(jobs, &body).await }).await
 }

@@ -3,8 +3,8 @@
 use crate::error::aws;
 use crate::{Error, ErrorName};
 use aws_sdk_iot::types::{
-    Configuration, EventType, ThingConnectivityIndexingMode, ThingGroupIndexingConfiguration,
-    ThingGroupIndexingMode, ThingIndexingConfiguration, ThingIndexingMode,
+    Configuration, EventType, ThingConnectivityIndexingMode, ThingGroupIndexingConfiguration, ThingGroupIndexingMode,
+    ThingIndexingConfiguration, ThingIndexingMode,
 };
 use serde::Deserialize;
 use serde_json::json;
@@ -41,14 +41,10 @@ pub async fn handle(iot: &aws_sdk_iot::Client, input: Input) -> Result<(), Error
         "LogicalResourceId": input.logical_resource_id,
     });
     // The address is signed for a request without a content type.
-    ureq::put(&input.response_url).header("content-type", "").send(answer.to_string()).map_err(
-        |error| {
-            Error::new(
-                ErrorName::ServiceUnavailable,
-                format!("CloudFormation's ResponseURL: {error}"),
-            )
-        },
-    )?;
+    ureq::put(&input.response_url)
+        .header("content-type", "")
+        .send(answer.to_string())
+        .map_err(|error| Error::new(ErrorName::ServiceUnavailable, format!("CloudFormation's ResponseURL: {error}")))?;
     result
 }
 
@@ -61,9 +57,7 @@ async fn configure(iot: &aws_sdk_iot::Client) -> Result<(), Error> {
         .map_err(|error| aws("iot:UpdateEventConfigurations", &error))?;
     let known = iot.get_indexing_configuration().send().await;
     let known = known.map_err(|error| aws("iot:GetIndexingConfiguration", &error))?;
-    let unbuilt = |error: aws_sdk_iot::error::BuildError| {
-        Error::new(ErrorName::ServiceError, error.to_string())
-    };
+    let unbuilt = |error: aws_sdk_iot::error::BuildError| Error::new(ErrorName::ServiceError, error.to_string());
     // What others in the account have switched on stays on.
     let mut things = match known.thing_indexing_configuration {
         Some(known) if known.thing_indexing_mode != ThingIndexingMode::Off => known,
@@ -74,9 +68,8 @@ async fn configure(iot: &aws_sdk_iot::Client) -> Result<(), Error> {
     };
     things.thing_connectivity_indexing_mode = Some(ThingConnectivityIndexingMode::Status);
     things.managed_fields = None;
-    let groups = ThingGroupIndexingConfiguration::builder()
-        .thing_group_indexing_mode(ThingGroupIndexingMode::On)
-        .build();
+    let groups =
+        ThingGroupIndexingConfiguration::builder().thing_group_indexing_mode(ThingGroupIndexingMode::On).build();
     iot.update_indexing_configuration()
         .thing_indexing_configuration(things)
         .thing_group_indexing_configuration(groups.map_err(unbuilt)?)

@@ -2,7 +2,7 @@
 
 use crate::error::{aws, code};
 use crate::queue::MqttMessage;
-use crate::workflows::rendezvous::{Answer, Operation, Rendezvous};
+use crate::workflows::rendezvous::{Answer, Operation, Rendezvous, Wait};
 use crate::{Error, ErrorName};
 use aws_sdk_dynamodb::types::{AttributeValue, ReturnValue};
 use protocol::{OperationId, Presence, PresenceEvent, PresenceKind, Step, ThingName};
@@ -36,8 +36,8 @@ pub struct AwaitInput {
     pub thing_name: ThingName,
     /// The operation that needs it online.
     pub operation_id: OperationId,
-    /// The waiting state's token.
-    pub task_token: String,
+    /// How the state waits.
+    pub wait: Wait,
 }
 
 /// A state waits until the device is online: at once, if it is.
@@ -46,8 +46,7 @@ pub struct AwaitInput {
 /// the noted operations by the same write that records it: whichever comes second wakes the workflow.
 pub async fn await_device(adapters: &Adapters, input: AwaitInput) -> Result<(), Error> {
     let operation = Operation::new(&input.thing_name, &input.operation_id);
-    let outcome =
-        adapters.rendezvous.expect(&operation, Step::DeviceOnline, &input.task_token, None).await?;
+    let outcome = adapters.rendezvous.expect(&operation, Step::DeviceOnline, &input.wait).await?;
     let device = adapters.connections.note_waiting(&operation).await?;
     let online = match &device.presence {
         Some(presence) => presence.connected,
@@ -104,19 +103,11 @@ pub struct Connections {
 impl Connections {
     /// Keeps connections in that table.
     pub fn new(config: &aws_config::SdkConfig, table: String) -> Self {
-        Self {
-            table,
-            dynamodb: aws_sdk_dynamodb::Client::new(config),
-            iot: aws_sdk_iot::Client::new(config),
-        }
+        Self { table, dynamodb: aws_sdk_dynamodb::Client::new(config), iot: aws_sdk_iot::Client::new(config) }
     }
 
     /// Takes in an event if it is newer than what is known, by one conditional write; says what is known then.
-    async fn record(
-        &self,
-        thing: &ThingName,
-        event: &PresenceEvent,
-    ) -> Result<(Device, &'static str), Error> {
+    async fn record(&self, thing: &ThingName, event: &PresenceEvent) -> Result<(Device, &'static str), Error> {
         // Two events of one device at the same moment: the loser looks again. More than two is a storm, which the
         // queue spreads.
         for _ in 0..3 {
@@ -124,9 +115,7 @@ impl Connections {
             if known.presence.as_ref().is_some_and(|presence| !event.supersedes(presence)) {
                 return Ok((known, "STALE"));
             }
-            if let Some(device) =
-                self.replace(thing, &event.presence(), known.presence.as_ref()).await?
-            {
+            if let Some(device) = self.replace(thing, &event.presence(), known.presence.as_ref()).await? {
                 return Ok((device, "APPLIED"));
             }
         }
@@ -134,13 +123,8 @@ impl Connections {
     }
 
     async fn read(&self, thing: &ThingName) -> Result<Device, Error> {
-        let request =
-            self.dynamodb.get_item().table_name(&self.table).key("thing", text(thing.as_str()));
-        let output = request
-            .consistent_read(true)
-            .send()
-            .await
-            .map_err(|error| aws("dynamodb:GetItem", &error))?;
+        let request = self.dynamodb.get_item().table_name(&self.table).key("thing", text(thing.as_str()));
+        let output = request.consistent_read(true).send().await.map_err(|error| aws("dynamodb:GetItem", &error))?;
         Ok(device(output.item.unwrap_or_default()))
     }
 
@@ -168,14 +152,9 @@ impl Connections {
         let request = match known {
             None => request.condition_expression("attribute_not_exists(sessionIdentifier)"),
             Some(known) => request
-                .condition_expression(
-                    "sessionIdentifier = :knownSession AND connected = :knownConnected",
-                )
+                .condition_expression("sessionIdentifier = :knownSession AND connected = :knownConnected")
                 .expression_attribute_values(":knownSession", text(&known.session_identifier))
-                .expression_attribute_values(
-                    ":knownConnected",
-                    AttributeValue::Bool(known.connected),
-                ),
+                .expression_attribute_values(":knownConnected", AttributeValue::Bool(known.connected)),
         };
         match request.send().await {
             Ok(output) => Ok(Some(device(output.attributes.unwrap_or_default()))),
@@ -199,10 +178,7 @@ impl Connections {
             .table_name(&self.table)
             .key("thing", text(operation.thing.as_str()))
             .update_expression(change)
-            .expression_attribute_values(
-                ":operation",
-                AttributeValue::Ss(vec![operation.id.to_string()]),
-            )
+            .expression_attribute_values(":operation", AttributeValue::Ss(vec![operation.id.to_string()]))
             .return_values(ReturnValue::AllNew)
             .send()
             .await
@@ -217,11 +193,7 @@ impl Connections {
             Ok(output) => output.connected.unwrap_or(false),
             Err(error) => {
                 let error = aws("iot:GetThingConnectivityData", &error);
-                tracing::warn!(
-                    thing = thing.as_str(),
-                    error = error.name.as_str(),
-                    message = error.message
-                );
+                tracing::warn!(thing = thing.as_str(), error = error.name.as_str(), message = error.message);
                 false
             }
         }

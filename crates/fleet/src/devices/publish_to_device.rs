@@ -1,7 +1,7 @@
 //! Sends a command to a device. The token of the state that waits for the answer is stored first.
 
 use crate::error::aws;
-use crate::workflows::rendezvous::{Operation, Outcome, Rendezvous};
+use crate::workflows::rendezvous::{Operation, Outcome, Rendezvous, Wait};
 use crate::{Error, ErrorName};
 use aws_sdk_iotdataplane::primitives::Blob;
 use aws_sdk_s3::presigning::PresigningConfig;
@@ -42,17 +42,12 @@ pub struct Input {
 
 /// The command of an [`Input`].
 #[derive(Debug, Deserialize)]
-#[serde(
-    tag = "name",
-    rename_all = "SCREAMING_SNAKE_CASE",
-    rename_all_fields = "camelCase",
-    deny_unknown_fields
-)]
+#[serde(tag = "name", rename_all = "SCREAMING_SNAKE_CASE", rename_all_fields = "camelCase", deny_unknown_fields)]
 pub enum CommandInput {
     /// Download, install and boot an image; a state waits for the acknowledgement.
     DownloadFirmware {
-        /// The waiting state's token.
-        task_token: String,
+        /// How the state waits.
+        wait: Wait,
         /// The target version.
         firmware_version: String,
         /// The image.
@@ -68,41 +63,25 @@ pub enum CommandInput {
 pub async fn handle(adapters: &Adapters, input: Input) -> Result<(), Error> {
     let operation = Operation::new(&input.thing_name, &input.operation_id);
     let command = match input.command {
-        CommandInput::CancelDownload => {
-            Command::CancelDownload { operation_id: input.operation_id }
-        }
-        CommandInput::DownloadFirmware {
-            task_token,
-            firmware_version,
-            artifact,
-            url_lifetime_seconds,
-        } => {
+        CommandInput::CancelDownload => Command::CancelDownload { operation_id: input.operation_id },
+        CommandInput::DownloadFirmware { wait, firmware_version, artifact, url_lifetime_seconds } => {
             let lifetime = Duration::from_secs(url_lifetime_seconds.min(LONGEST_LIFETIME_SECONDS));
             let firmware = firmware(adapters, firmware_version, artifact, lifetime).await?;
-            let outcome = adapters
-                .rendezvous
-                .expect(&operation, Step::DownloadStarted, &task_token, None)
-                .await?;
+            let outcome = adapters.rendezvous.expect(&operation, Step::DownloadStarted, &wait).await?;
             if outcome != Outcome::Waiting {
                 tracing::info!(
                     operation = operation.key(),
                     ?outcome,
-                    "the answer was there before the command"
+                    "not sent: the answer is there, or a later attempt is"
                 );
                 return Ok(());
             }
             Command::Download { operation_id: input.operation_id, firmware }
         }
     };
-    let publication =
-        input.protocol.encoding().encode_command(&input.thing_name, &command, now_millis());
+    let publication = input.protocol.encoding().encode_command(&input.thing_name, &command, now_millis());
     let topic = publication.topic.clone();
-    let publish = adapters
-        .mqtt
-        .publish()
-        .topic(publication.topic)
-        .qos(1)
-        .payload(Blob::new(publication.payload));
+    let publish = adapters.mqtt.publish().topic(publication.topic).qos(1).payload(Blob::new(publication.payload));
     publish.send().await.map_err(|error| aws("iot:Publish", &error))?;
     tracing::info!(operation = operation.key(), topic, "published");
     Ok(())
@@ -121,13 +100,7 @@ async fn firmware(
             return Err(Error::invalid("artifact", "neither url nor key", "one of them"));
         }
     };
-    Ok(Firmware {
-        version,
-        url,
-        sha256: artifact.sha256,
-        size: artifact.size,
-        signature: artifact.signature,
-    })
+    Ok(Firmware { version, url, sha256: artifact.sha256, size: artifact.size, signature: artifact.signature })
 }
 
 async fn sign(adapters: &Adapters, key: String, lifetime: Duration) -> Result<String, Error> {

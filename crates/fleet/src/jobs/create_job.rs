@@ -142,8 +142,7 @@ pub async fn handle(adapters: &Adapters, input: Input) -> Result<Output, Error> 
 }
 
 async fn job_template(adapters: &Adapters) -> Result<DescribeJobTemplateOutput, Error> {
-    let request =
-        adapters.iot.describe_job_template().job_template_id(&adapters.stack.job_template);
+    let request = adapters.iot.describe_job_template().job_template_id(&adapters.stack.job_template);
     request.send().await.map_err(|error| aws("iot:DescribeJobTemplate", &error))
 }
 
@@ -155,9 +154,7 @@ async fn create(
     template: DescribeJobTemplateOutput,
 ) -> Result<Output, Error> {
     let text = serde_json::to_string(document).map_err(|error| unbuilt(&error))?;
-    let timeout = TimeoutConfig::builder()
-        .in_progress_timeout_in_minutes(i64::from(document.timeout_minutes))
-        .build();
+    let timeout = TimeoutConfig::builder().in_progress_timeout_in_minutes(i64::from(document.timeout_minutes)).build();
     let rollout = input.rollout.as_ref().map(rollout_config).transpose()?;
     let abort = input.abort.as_ref().map(abort_config).transpose()?;
     let result = adapters
@@ -179,9 +176,7 @@ async fn create(
     match result {
         Ok(output) => Ok(Output { job_id, job_arn: output.job_arn.unwrap_or_default() }),
         Err(error) => match code(&error) {
-            Some("ResourceAlreadyExistsException") => {
-                existing(adapters, job_id, &document.request_digest).await
-            }
+            Some("ResourceAlreadyExistsException") => existing(adapters, job_id, &document.request_digest).await,
             Some("ResourceNotFoundException") => {
                 let message = format!("targetArn: {} does not exist", input.target_arn);
                 Err(Error::new(ErrorName::TargetNotFound, message))
@@ -194,12 +189,10 @@ async fn create(
 /// The job that has the id already, if it was made from the same payload.
 async fn existing(adapters: &Adapters, job_id: JobId, digest: &str) -> Result<Output, Error> {
     let request = adapters.iot.get_job_document().job_id(job_id.as_str());
-    let document =
-        request.send().await.map_err(|error| aws("iot:GetJobDocument", &error))?.document;
+    let document = request.send().await.map_err(|error| aws("iot:GetJobDocument", &error))?.document;
     let theirs: Option<JobDocument> = document.and_then(|text| serde_json::from_str(&text).ok());
     if theirs.is_none_or(|theirs| theirs.request_digest != digest) {
-        let message =
-            format!("jobId: {job_id} belongs to a job with another payload; choose another id");
+        let message = format!("jobId: {job_id} belongs to a job with another payload; choose another id");
         return Err(Error::new(ErrorName::JobConflict, message));
     }
     let request = adapters.iot.describe_job().job_id(job_id.as_str());
@@ -214,22 +207,15 @@ async fn document(
     template: &DescribeJobTemplateOutput,
 ) -> Result<JobDocument, Error> {
     let text = template.document.as_deref().unwrap_or_default();
-    let mut document: serde_json::Map<String, serde_json::Value> = serde_json::from_str(text)
-        .map_err(|error| {
-            let name = &adapters.stack.job_template;
-            Error::new(
-                ErrorName::ServiceError,
-                format!("the document of the job template {name}: {error}"),
-            )
-        })?;
+    let mut document: serde_json::Map<String, serde_json::Value> = serde_json::from_str(text).map_err(|error| {
+        let name = &adapters.stack.job_template;
+        Error::new(ErrorName::ServiceError, format!("the document of the job template {name}: {error}"))
+    })?;
     let mut put = |name: &str, value: serde_json::Value| document.insert(name.to_owned(), value);
     put("firmwareVersion", input.firmware_version.as_str().into());
     put("upgradeTrigger", input.upgrade_trigger.as_str().into());
     put("requestDigest", digest(input)?.into());
-    put(
-        "artifact",
-        serde_json::to_value(artifact(adapters, input).await?).map_err(|error| unbuilt(&error))?,
-    );
+    put("artifact", serde_json::to_value(artifact(adapters, input).await?).map_err(|error| unbuilt(&error))?);
     if let Some(minutes) = input.timeout_minutes {
         put("timeoutMinutes", minutes.into());
     }
@@ -238,10 +224,7 @@ async fn document(
     }
     serde_json::from_value(document.into()).map_err(|error| {
         let name = &adapters.stack.job_template;
-        Error::new(
-            ErrorName::ServiceError,
-            format!("the document of the job template {name}: {error}"),
-        )
+        Error::new(ErrorName::ServiceError, format!("the document of the job template {name}: {error}"))
     })
 }
 
@@ -252,33 +235,22 @@ async fn artifact(adapters: &Adapters, input: &Input) -> Result<Artifact, Error>
     if artifact.url.is_some() {
         return Ok(artifact);
     }
-    let key =
-        artifact.key.clone().unwrap_or_else(|| format!("firmware/{}", input.firmware_version));
+    let key = artifact.key.clone().unwrap_or_else(|| format!("firmware/{}", input.firmware_version));
     let bucket = &adapters.stack.firmware_bucket;
-    let found =
-        adapters.s3.head_object().bucket(bucket).key(&key).send().await.map_err(|error| {
-            if error
-                .as_service_error()
-                .is_some_and(aws_sdk_s3::operation::head_object::HeadObjectError::is_not_found)
-            {
-                let message =
-                    format!("artifact: s3://{bucket}/{key} does not exist; upload the image first");
-                return Error::new(ErrorName::ArtifactNotFound, message);
-            }
-            aws("s3:HeadObject", &error)
-        })?;
+    let found = adapters.s3.head_object().bucket(bucket).key(&key).send().await.map_err(|error| {
+        if error.as_service_error().is_some_and(aws_sdk_s3::operation::head_object::HeadObjectError::is_not_found) {
+            let message = format!("artifact: s3://{bucket}/{key} does not exist; upload the image first");
+            return Error::new(ErrorName::ArtifactNotFound, message);
+        }
+        aws("s3:HeadObject", &error)
+    })?;
     let length = found.content_length.and_then(|length| u64::try_from(length).ok());
     if let (Some(given), Some(length)) = (artifact.size, length)
         && given != length
     {
-        return Err(Error::invalid(
-            "artifact.size",
-            given,
-            &format!("the object's {length} bytes"),
-        ));
+        return Err(Error::invalid("artifact.size", given, &format!("the object's {length} bytes")));
     }
-    let metadata =
-        |name: &str| found.metadata.as_ref().and_then(|metadata| metadata.get(name)).cloned();
+    let metadata = |name: &str| found.metadata.as_ref().and_then(|metadata| metadata.get(name)).cloned();
     artifact.size = artifact.size.or(length);
     artifact.sha256 = artifact.sha256.or_else(|| metadata("sha256"));
     artifact.signature = artifact.signature.or_else(|| metadata("signature"));
@@ -337,11 +309,7 @@ impl Input {
     fn validate(&self, stack: &Stack) -> Result<(), Error> {
         if semver::Version::parse(&self.firmware_version).is_err() {
             let expected = "a semantic version such as 1.2.3";
-            return Err(Error::invalid(
-                "firmwareVersion",
-                quoted(&self.firmware_version),
-                expected,
-            ));
+            return Err(Error::invalid("firmwareVersion", quoted(&self.firmware_version), expected));
         }
         let trigger = &self.upgrade_trigger;
         if !(1..=64).contains(&trigger.len())
@@ -375,8 +343,7 @@ impl Input {
         if well_formed {
             return Ok(());
         }
-        let expected =
-            format!("the ARN of a thing or thing group of account {account} in {region}");
+        let expected = format!("the ARN of a thing or thing group of account {account} in {region}");
         Err(Error::invalid("targetArn", quoted(&self.target_arn), &expected))
     }
 }
@@ -385,31 +352,15 @@ impl Rollout {
     fn validate(&self) -> Result<(), Error> {
         in_range("rollout.maximumPerMinute", self.maximum_per_minute, 1..=1000)?;
         let Some(rate) = &self.exponential_rate else { return Ok(()) };
-        in_range(
-            "rollout.exponentialRate.baseRatePerMinute",
-            Some(rate.base_rate_per_minute),
-            1..=1000,
-        )?;
-        in_range(
-            "rollout.exponentialRate.incrementFactor",
-            Some(rate.increment_factor),
-            1.1..=5.0,
-        )?;
+        in_range("rollout.exponentialRate.baseRatePerMinute", Some(rate.base_rate_per_minute), 1..=1000)?;
+        in_range("rollout.exponentialRate.incrementFactor", Some(rate.increment_factor), 1.1..=5.0)?;
         let field = "rollout.exponentialRate.numberOfNotifiedThings";
         in_range(field, rate.number_of_notified_things, 1..=i32::MAX)?;
-        in_range(
-            "rollout.exponentialRate.numberOfSucceededThings",
-            rate.number_of_succeeded_things,
-            1..=i32::MAX,
-        )?;
+        in_range("rollout.exponentialRate.numberOfSucceededThings", rate.number_of_succeeded_things, 1..=i32::MAX)?;
         match (rate.number_of_notified_things, rate.number_of_succeeded_things) {
             (Some(_), None) | (None, Some(_)) => Ok(()),
-            (None, None) => {
-                Err(Error::invalid(field, "nothing", "this or numberOfSucceededThings"))
-            }
-            (Some(_), Some(_)) => {
-                Err(Error::invalid(field, "numberOfSucceededThings too", "one of the two"))
-            }
+            (None, None) => Err(Error::invalid(field, "nothing", "this or numberOfSucceededThings")),
+            (Some(_), Some(_)) => Err(Error::invalid(field, "numberOfSucceededThings too", "one of the two")),
         }
     }
 }
@@ -430,24 +381,15 @@ fn validate_artifact(artifact: &Artifact, stack: &Stack) -> Result<(), Error> {
             }
         }
         (Some(_), _) => {
-            return Err(Error::invalid(
-                "artifact.url",
-                "bucket or key too",
-                "either url, or bucket and key",
-            ));
+            return Err(Error::invalid("artifact.url", "bucket or key too", "either url, or bucket and key"));
         }
         (None, Some(key)) if key.is_empty() || key.len() > 1024 => {
             return Err(Error::invalid("artifact.key", quoted(key), "1 to 1024 bytes"));
         }
         (None, _) => {}
     }
-    if let Some(bucket) =
-        artifact.bucket.as_ref().filter(|bucket| **bucket != stack.firmware_bucket)
-    {
-        let expected = format!(
-            "the stack's bucket {}, the only one that it may sign for",
-            stack.firmware_bucket
-        );
+    if let Some(bucket) = artifact.bucket.as_ref().filter(|bucket| **bucket != stack.firmware_bucket) {
+        let expected = format!("the stack's bucket {}, the only one that it may sign for", stack.firmware_bucket);
         return Err(Error::invalid("artifact.bucket", quoted(bucket), &expected));
     }
     let hex = |sha256: &String| sha256.len() == 64 && sha256.chars().all(|c| c.is_ascii_hexdigit());
@@ -455,14 +397,9 @@ fn validate_artifact(artifact: &Artifact, stack: &Stack) -> Result<(), Error> {
         return Err(Error::invalid("artifact.sha256", quoted(sha256), "64 hexadecimal digits"));
     }
     in_range("artifact.size", artifact.size, 1..=u64::MAX)?;
-    let signature =
-        |text: &String| BASE64_STANDARD.decode(text).is_ok_and(|bytes| bytes.len() == 64);
+    let signature = |text: &String| BASE64_STANDARD.decode(text).is_ok_and(|bytes| bytes.len() == 64);
     if let Some(text) = artifact.signature.as_ref().filter(|text| !signature(text)) {
-        return Err(Error::invalid(
-            "artifact.signature",
-            quoted(text),
-            "an Ed25519 signature: 64 bytes in base64",
-        ));
+        return Err(Error::invalid("artifact.signature", quoted(text), "an Ed25519 signature: 64 bytes in base64"));
     }
     Ok(())
 }
@@ -506,8 +443,7 @@ mod tests {
     }
 
     fn input(extra: Value) -> Input {
-        let mut payload =
-            json!({"firmwareVersion": "1.2.3", "upgradeTrigger": "manual", "targetArn": GROUP});
+        let mut payload = json!({"firmwareVersion": "1.2.3", "upgradeTrigger": "manual", "targetArn": GROUP});
         if let (Value::Object(payload), Value::Object(extra)) = (&mut payload, extra) {
             payload.extend(extra);
         }
@@ -524,12 +460,7 @@ mod tests {
     fn image_rule() -> aws_smithy_mocks::Rule {
         mock!(aws_sdk_s3::Client::head_object)
             .match_requests(|request| request.key() == Some("firmware/1.2.3"))
-            .then_output(|| {
-                HeadObjectOutput::builder()
-                    .content_length(7)
-                    .metadata("sha256", "ab".repeat(32))
-                    .build()
-            })
+            .then_output(|| HeadObjectOutput::builder().content_length(7).metadata("sha256", "ab".repeat(32)).build())
     }
 
     fn adapters(iot: &[&aws_smithy_mocks::Rule], s3: &aws_smithy_mocks::Rule) -> Adapters {
@@ -544,8 +475,7 @@ mod tests {
     async fn the_three_fields_are_enough() {
         let create = mock!(aws_sdk_iot::Client::create_job)
             .match_requests(|request| {
-                let document: JobDocument =
-                    serde_json::from_str(request.document().unwrap()).unwrap();
+                let document: JobDocument = serde_json::from_str(request.document().unwrap()).unwrap();
                 document.artifact.key.as_deref() == Some("firmware/1.2.3")
                     && document.artifact.size == Some(7)
                     && document.artifact.sha256 == Some("ab".repeat(32))
@@ -555,8 +485,7 @@ mod tests {
             })
             .then_output(|| CreateJobOutput::builder().job_arn("arn:job").build());
         let (template, image) = (template_rule(), image_rule());
-        let output =
-            handle(&adapters(&[&template, &create], &image), input(json!({}))).await.unwrap();
+        let output = handle(&adapters(&[&template, &create], &image), input(json!({}))).await.unwrap();
         assert_eq!(output.job_arn, "arn:job");
         assert_eq!(create.num_calls(), 1);
     }
@@ -566,17 +495,13 @@ mod tests {
         let exists = || {
             mock!(aws_sdk_iot::Client::create_job).then_error(|| {
                 let error = ResourceAlreadyExistsException::builder();
-                let code = aws_sdk_iot::error::ErrorMetadata::builder()
-                    .code("ResourceAlreadyExistsException")
-                    .build();
+                let code = aws_sdk_iot::error::ErrorMetadata::builder().code("ResourceAlreadyExistsException").build();
                 CreateJobError::ResourceAlreadyExistsException(error.meta(code).build())
             })
         };
         let request = input(json!({"jobId": "job-1"}));
         let digest = digest(&request).unwrap();
-        for (theirs, expected) in
-            [(digest, Ok("arn:job-1")), ("another".to_owned(), Err(ErrorName::JobConflict))]
-        {
+        for (theirs, expected) in [(digest, Ok("arn:job-1")), ("another".to_owned(), Err(ErrorName::JobConflict))] {
             let document = mock!(aws_sdk_iot::Client::get_job_document).then_output(move || {
                 let document = json!({
                     "version": "1.0", "workflow": "firmware-upgrade", "firmwareVersion": "1.2.3",
@@ -591,25 +516,18 @@ mod tests {
             let (template, image, exists) = (template_rule(), image_rule(), exists());
             let adapters = adapters(&[&template, &exists, &document, &describe], &image);
             let result = handle(&adapters, request.clone()).await;
-            assert_eq!(
-                result.as_ref().map(|output| output.job_arn.as_str()).map_err(|error| error.name),
-                expected
-            );
+            assert_eq!(result.as_ref().map(|output| output.job_arn.as_str()).map_err(|error| error.name), expected);
         }
     }
 
     #[tokio::test]
     async fn an_image_that_is_not_there_is_told_before_any_device_is() {
-        let missing = mock!(aws_sdk_s3::Client::head_object).then_error(|| {
-            HeadObjectError::NotFound(aws_sdk_s3::types::error::NotFound::builder().build())
-        });
+        let missing = mock!(aws_sdk_s3::Client::head_object)
+            .then_error(|| HeadObjectError::NotFound(aws_sdk_s3::types::error::NotFound::builder().build()));
         let template = template_rule();
         let error = handle(&adapters(&[&template], &missing), input(json!({}))).await.unwrap_err();
         assert_eq!(error.name, ErrorName::ArtifactNotFound);
-        assert_eq!(
-            error.message,
-            "artifact: s3://firmware/firmware/1.2.3 does not exist; upload the image first"
-        );
+        assert_eq!(error.message, "artifact: s3://firmware/firmware/1.2.3 does not exist; upload the image first");
     }
 
     #[test]
@@ -625,10 +543,7 @@ mod tests {
             (json!({"targetArn": "arn:aws:iot:eu-west-1:000000000000:cert/a"}), "targetArn: got"),
             (json!({"timeoutMinutes": 0}), "timeoutMinutes: got 0, expected 1 to 10080"),
             (json!({"timeoutMinutes": 10081}), "timeoutMinutes: got 10081, expected 1 to 10080"),
-            (
-                json!({"rollout": {"maximumPerMinute": 1001}}),
-                "rollout.maximumPerMinute: got 1001, expected 1 to 1000",
-            ),
+            (json!({"rollout": {"maximumPerMinute": 1001}}), "rollout.maximumPerMinute: got 1001, expected 1 to 1000"),
             (
                 json!({"rollout": {"exponentialRate": {"baseRatePerMinute": 5, "incrementFactor": 1.0}}}),
                 "rollout.exponentialRate.incrementFactor: got 1, expected 1.1 to 5",
@@ -641,34 +556,18 @@ mod tests {
                 json!({"abort": {"percentage": 0.0, "minimumExecuted": 1}}),
                 "abort.percentage: got 0, expected 0.01 to 100",
             ),
-            (
-                json!({"abort": {"percentage": 10.0, "minimumExecuted": 0}}),
-                "abort.minimumExecuted: got 0",
-            ),
+            (json!({"abort": {"percentage": 10.0, "minimumExecuted": 0}}), "abort.minimumExecuted: got 0"),
             (json!({"artifact": {"url": "ftp://x"}}), "artifact.url: got \"ftp://x\""),
-            (
-                json!({"artifact": {"url": "https://x", "key": "k"}}),
-                "artifact.url: got bucket or key too",
-            ),
-            (
-                json!({"artifact": {"bucket": "other", "key": "k"}}),
-                "artifact.bucket: got \"other\"",
-            ),
+            (json!({"artifact": {"url": "https://x", "key": "k"}}), "artifact.url: got bucket or key too"),
+            (json!({"artifact": {"bucket": "other", "key": "k"}}), "artifact.bucket: got \"other\""),
             (json!({"artifact": {"key": "k", "sha256": "abc"}}), "artifact.sha256: got \"abc\""),
-            (
-                json!({"artifact": {"key": "k", "signature": "abc"}}),
-                "artifact.signature: got \"abc\"",
-            ),
+            (json!({"artifact": {"key": "k", "signature": "abc"}}), "artifact.signature: got \"abc\""),
             (json!({"artifact": {"key": "k", "size": 0}}), "artifact.size: got 0"),
         ];
         for (extra, message) in cases {
             let error = input(extra).validate(&stack()).unwrap_err();
             assert_eq!(error.name, ErrorName::InvalidInput);
-            assert!(
-                error.message.starts_with(message),
-                "{} does not begin with {message}",
-                error.message
-            );
+            assert!(error.message.starts_with(message), "{} does not begin with {message}", error.message);
         }
         for extra in [
             json!({"rollout": {"maximumPerMinute": 1000}, "abort": {"percentage": 10.5, "minimumExecuted": 1}}),

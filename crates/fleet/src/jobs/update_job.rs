@@ -71,9 +71,7 @@ fn read(body: &str) -> Result<UpgradeEvent, Error> {
     let ended: ExecutionEnded = json("Step Functions event", body.as_bytes())?;
     let detail = ended.detail;
     let input: UpgradeInput = json("execution input", detail.input.as_bytes())?;
-    let cause = detail
-        .cause
-        .unwrap_or_else(|| format!("the execution of the state machine is {}", detail.status));
+    let cause = detail.cause.unwrap_or_else(|| format!("the execution of the state machine is {}", detail.status));
     Ok(UpgradeEvent {
         event_type: EventType::FirmwareUpgradeFail,
         thing_name: input.thing_name,
@@ -95,9 +93,7 @@ fn update(event: &UpgradeEvent) -> Option<Update> {
         EventType::FirmwareUpgradeSuccess => now(JobExecutionStatus::Succeeded),
         // It is final already: that is how the workflow learned of it.
         EventType::FirmwareUpgradeFail
-            if [ErrorName::JobCanceled, ErrorName::JobTimedOut]
-                .iter()
-                .any(|name| name.as_str() == reason) =>
+            if [ErrorName::JobCanceled, ErrorName::JobTimedOut].iter().any(|name| name.as_str() == reason) =>
         {
             None
         }
@@ -120,8 +116,7 @@ fn details(event: &UpgradeEvent) -> HashMap<String, String> {
     ]
     .into_iter()
     .filter_map(|(name, value)| {
-        let text: String =
-            value?.chars().filter(|c| !c.is_control()).take(MAX_DETAIL_CHARACTERS).collect();
+        let text: String = value?.chars().filter(|c| !c.is_control()).take(MAX_DETAIL_CHARACTERS).collect();
         (!text.is_empty()).then(|| (name.to_owned(), text))
     })
     .collect()
@@ -133,9 +128,7 @@ mod tests {
     use aws_sdk_iotjobsdataplane::operation::update_job_execution::{
         UpdateJobExecutionError, UpdateJobExecutionOutput,
     };
-    use aws_sdk_iotjobsdataplane::types::error::{
-        InvalidStateTransitionException, ThrottlingException,
-    };
+    use aws_sdk_iotjobsdataplane::types::error::{InvalidStateTransitionException, ThrottlingException};
     use aws_smithy_mocks::{mock, mock_client};
     use serde_json::json;
 
@@ -153,10 +146,7 @@ mod tests {
         let cases = [
             (event("FIRMWARE_UPGRADE_STARTED", None), now(JobExecutionStatus::InProgress)),
             (event("FIRMWARE_UPGRADE_SUCCESS", None), now(JobExecutionStatus::Succeeded)),
-            (
-                event("FIRMWARE_UPGRADE_FAIL", Some("VersionMismatch")),
-                now(JobExecutionStatus::Failed),
-            ),
+            (event("FIRMWARE_UPGRADE_FAIL", Some("VersionMismatch")), now(JobExecutionStatus::Failed)),
             (
                 event("FIRMWARE_UPGRADE_FAIL", Some("DeviceTimedOut")),
                 Some(Update { status: JobExecutionStatus::InProgress, timer: Some(1) }),
@@ -186,10 +176,7 @@ mod tests {
         assert_eq!(event.reason.as_deref(), Some("WorkflowStopped"));
         assert_eq!(event.cause.as_deref(), Some("the execution of the state machine is ABORTED"));
         assert_eq!(event.execution_number, 2);
-        assert_eq!(
-            update(&event),
-            Some(Update { status: JobExecutionStatus::Failed, timer: None })
-        );
+        assert_eq!(update(&event), Some(Update { status: JobExecutionStatus::Failed, timer: None }));
     }
 
     #[tokio::test]
@@ -197,14 +184,11 @@ mod tests {
         let updated = mock!(aws_sdk_iotjobsdataplane::Client::update_job_execution)
             .match_requests(|request| {
                 let details = request.status_details().unwrap();
-                details["reason"] == "InstallFailed"
-                    && details["cause"] == "linebreak"
-                    && !details.contains_key("step")
+                details["reason"] == "InstallFailed" && details["cause"] == "linebreak" && !details.contains_key("step")
             })
             .then_output(|| UpdateJobExecutionOutput::builder().build());
         let client = mock_client!(aws_sdk_iotjobsdataplane, [&updated]);
-        let body =
-            serde_json::to_string(&event("FIRMWARE_UPGRADE_FAIL", Some("InstallFailed"))).unwrap();
+        let body = serde_json::to_string(&event("FIRMWARE_UPGRADE_FAIL", Some("InstallFailed"))).unwrap();
         assert_eq!(handle(&client, &body).await, Ok(()));
         assert_eq!(updated.num_calls(), 1);
     }
@@ -212,26 +196,17 @@ mod tests {
     #[tokio::test]
     async fn a_final_job_execution_is_no_error_and_a_throttled_call_is() {
         let body = serde_json::to_string(&event("FIRMWARE_UPGRADE_SUCCESS", None)).unwrap();
-        let meta = |code: &str| {
-            aws_sdk_iotjobsdataplane::error::ErrorMetadata::builder().code(code).build()
-        };
-        let is_final =
-            mock!(aws_sdk_iotjobsdataplane::Client::update_job_execution).then_error(move || {
-                let error = InvalidStateTransitionException::builder()
-                    .meta(meta("InvalidStateTransitionException"));
-                UpdateJobExecutionError::InvalidStateTransitionException(error.build())
-            });
-        assert_eq!(
-            handle(&mock_client!(aws_sdk_iotjobsdataplane, [&is_final]), &body).await,
-            Ok(())
-        );
-        let throttled =
-            mock!(aws_sdk_iotjobsdataplane::Client::update_job_execution).then_error(move || {
-                let error = ThrottlingException::builder().meta(meta("ThrottlingException"));
-                UpdateJobExecutionError::ThrottlingException(error.build())
-            });
-        let error =
-            handle(&mock_client!(aws_sdk_iotjobsdataplane, [&throttled]), &body).await.unwrap_err();
+        let meta = |code: &str| aws_sdk_iotjobsdataplane::error::ErrorMetadata::builder().code(code).build();
+        let is_final = mock!(aws_sdk_iotjobsdataplane::Client::update_job_execution).then_error(move || {
+            let error = InvalidStateTransitionException::builder().meta(meta("InvalidStateTransitionException"));
+            UpdateJobExecutionError::InvalidStateTransitionException(error.build())
+        });
+        assert_eq!(handle(&mock_client!(aws_sdk_iotjobsdataplane, [&is_final]), &body).await, Ok(()));
+        let throttled = mock!(aws_sdk_iotjobsdataplane::Client::update_job_execution).then_error(move || {
+            let error = ThrottlingException::builder().meta(meta("ThrottlingException"));
+            UpdateJobExecutionError::ThrottlingException(error.build())
+        });
+        let error = handle(&mock_client!(aws_sdk_iotjobsdataplane, [&throttled]), &body).await.unwrap_err();
         assert_eq!(error.name, ErrorName::Throttled);
     }
 }

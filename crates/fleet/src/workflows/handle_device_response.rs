@@ -6,8 +6,7 @@ use crate::queue::MqttMessage;
 use crate::{Error, ErrorName};
 use protocol::events::{DeviceBooted, EventType};
 use protocol::{
-    Acknowledgement, DeviceEvent, DeviceFailure, Report, Response, Step, StepOutcome, ThingName,
-    protocol_of_topic,
+    Acknowledgement, DeviceEvent, DeviceFailure, Report, Response, Step, StepOutcome, ThingName, protocol_of_topic,
 };
 
 /// What the handler reaches.
@@ -44,19 +43,10 @@ async fn apply(adapters: &Adapters, thing: &ThingName, response: Response) -> Re
     let outcome = match response.outcome {
         StepOutcome::InProgress { .. } => adapters.rendezvous.progress(&operation, step).await?,
         StepOutcome::Succeeded { firmware_version } => {
-            adapters
-                .rendezvous
-                .arrive(&operation, step, &Answer::Succeeded { firmware_version })
-                .await?
+            adapters.rendezvous.arrive(&operation, step, &Answer::Succeeded { firmware_version }).await?
         }
         StepOutcome::Failed(failure) => {
-            let error = device_error(step, &failure);
-            let answer = Answer::Failed { error: error.name, cause: error.message.clone() };
-            let outcome = adapters.rendezvous.arrive(&operation, step, &answer).await?;
-            // Whatever step is waited for will not come any more; and nothing that the device still says of this
-            // operation may count.
-            adapters.rendezvous.fail(&operation, &error).await?;
-            outcome
+            adapters.rendezvous.fail_step(&operation, step, &device_error(step, &failure)).await?
         }
     };
     tracing::info!(operation = operation.key(), step = step.name(), ?outcome);
@@ -88,14 +78,10 @@ async fn publish(adapters: &Adapters, thing: &ThingName, event: DeviceEvent) -> 
             return Ok(());
         }
     };
-    let booted = DeviceBooted {
-        event_type: EventType::DeviceBooted,
-        thing_name: thing.clone(),
-        cause,
-        firmware_version,
-    };
-    let message = serde_json::to_string(&booted)
-        .map_err(|error| Error::new(ErrorName::ServiceError, error.to_string()))?;
+    let booted =
+        DeviceBooted { event_type: EventType::DeviceBooted, thing_name: thing.clone(), cause, firmware_version };
+    let message =
+        serde_json::to_string(&booted).map_err(|error| Error::new(ErrorName::ServiceError, error.to_string()))?;
     let attribute = aws_sdk_sns::types::MessageAttributeValue::builder().data_type("String");
     let attribute = attribute.string_value("DEVICE_BOOTED").build();
     adapters

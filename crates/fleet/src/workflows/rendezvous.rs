@@ -58,6 +58,20 @@ pub enum Answer {
     },
 }
 
+/// A state's wait for a step.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Wait {
+    /// The waiting state's token.
+    pub task_token: String,
+    /// How often the state has been retried: a slow function of an earlier attempt must not replace the token of a
+    /// later one.
+    pub attempt: u32,
+    /// The version that the answer must report; any, if absent.
+    #[serde(default)]
+    pub expected_version: Option<String>,
+}
+
 /// A step's item. Either half may be there first.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -65,6 +79,9 @@ pub struct Meeting {
     /// The waiting state's task token.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub task_token: Option<String>,
+    /// The attempt that the token belongs to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub attempt: Option<u32>,
     /// The version that the answer must report.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expected_version: Option<String>,
@@ -77,10 +94,16 @@ pub struct Meeting {
 }
 
 impl Meeting {
-    /// What the `UpdateItem` of `expect` does to the item: a new token replaces that of an earlier attempt.
-    pub fn expect(&mut self, task_token: &str, expected_version: Option<&str>) {
-        self.task_token = Some(task_token.to_owned());
-        self.expected_version = expected_version.map(str::to_owned);
+    /// What the `UpdateItem` of `expect` does to the item; `false` if its condition refuses.
+    #[must_use]
+    pub fn expect(&mut self, wait: &Wait) -> bool {
+        if self.attempt.is_some_and(|attempt| attempt > wait.attempt) {
+            return false;
+        }
+        self.task_token = Some(wait.task_token.clone());
+        self.attempt = Some(wait.attempt);
+        self.expected_version.clone_from(&wait.expected_version);
+        true
     }
 
     /// What the `UpdateItem` of `arrive` does to the item: the first answer stays.
@@ -94,17 +117,14 @@ impl Meeting {
         let token = self.task_token.as_deref()?;
         let result = match self.answer.as_ref()? {
             Answer::Failed { error, cause } => Err(Error::new(*error, cause)),
-            Answer::Succeeded { firmware_version } => {
-                match (&self.expected_version, firmware_version) {
-                    (Some(expected), reported) if Some(expected) != reported.as_ref() => {
-                        let reported = reported.as_deref().unwrap_or("no version");
-                        let cause =
-                            format!("the device reports {reported}, the target is {expected}");
-                        Err(Error::new(ErrorName::VersionMismatch, cause))
-                    }
-                    (_, reported) => Ok(reported.as_deref()),
+            Answer::Succeeded { firmware_version } => match (&self.expected_version, firmware_version) {
+                (Some(expected), reported) if Some(expected) != reported.as_ref() => {
+                    let reported = reported.as_deref().unwrap_or("no version");
+                    let cause = format!("the device reports {reported}, the target is {expected}");
+                    Err(Error::new(ErrorName::VersionMismatch, cause))
                 }
-            }
+                (_, reported) => Ok(reported.as_deref()),
+            },
         };
         Some((token, result))
     }
@@ -143,56 +163,61 @@ impl Rendezvous {
     }
 
     /// A state waits for the step. If the answer is there already, the task ends at once.
-    pub async fn expect(
-        &self,
-        operation: &Operation,
-        step: Step,
-        task_token: &str,
-        expected_version: Option<&str>,
-    ) -> Result<Outcome, Error> {
-        let mut values = HashMap::from([(":token".to_owned(), text(task_token))]);
-        let version = match expected_version {
+    pub async fn expect(&self, operation: &Operation, step: Step, wait: &Wait) -> Result<Outcome, Error> {
+        let mut values = HashMap::from([
+            (":token".to_owned(), text(&wait.task_token)),
+            (":attempt".to_owned(), AttributeValue::N(wait.attempt.to_string())),
+        ]);
+        let update = match &wait.expected_version {
             Some(version) => {
                 values.insert(":version".to_owned(), text(version));
-                "SET taskToken = :token, expiresAt = :expiresAt, expectedVersion = :version"
+                "SET taskToken = :token, attempt = :attempt, expiresAt = :expiresAt, expectedVersion = :version"
             }
-            None => "SET taskToken = :token, expiresAt = :expiresAt REMOVE expectedVersion",
+            None => "SET taskToken = :token, attempt = :attempt, expiresAt = :expiresAt REMOVE expectedVersion",
         };
-        let meeting = self.update(operation, step, version, values).await?;
+        let condition = Some("attribute_not_exists(attempt) OR attempt <= :attempt");
+        let Some(meeting) = self.update(operation, step, update, condition, values).await? else {
+            return Ok(Outcome::Late);
+        };
         Ok(self.complete(operation, step, &meeting).await?.unwrap_or(Outcome::Waiting))
     }
 
     /// A step has ended. If a state waits for it, its task ends.
-    pub async fn arrive(
-        &self,
-        operation: &Operation,
-        step: Step,
-        answer: &Answer,
-    ) -> Result<Outcome, Error> {
-        let answer =
-            serde_dynamo::to_attribute_value(answer).map_err(|error| broken_item(&error))?;
-        let values = HashMap::from([
-            (":answer".to_owned(), answer),
-            (":one".to_owned(), AttributeValue::N("1".to_owned())),
-        ]);
-        let update =
-            "SET answer = if_not_exists(answer, :answer), expiresAt = :expiresAt ADD arrivals :one";
-        let meeting = self.update(operation, step, update, values).await?;
-        let outcome = self.complete(operation, step, &meeting).await?.unwrap_or(Outcome::Waiting);
-        Ok(if outcome != Outcome::Applied && meeting.arrivals > 1 {
-            Outcome::Duplicate
-        } else {
-            outcome
-        })
+    pub async fn arrive(&self, operation: &Operation, step: Step, answer: &Answer) -> Result<Outcome, Error> {
+        self.write_answer(operation, step, answer).await.map(|(outcome, _)| outcome)
     }
 
-    /// Ends the whole operation: whichever step is waited for, now or later, fails with this error.
+    /// A step has failed, and the operation with it: whichever step is waited for, now or later, fails as well. Unless
+    /// the step has another answer already, which stands.
+    pub async fn fail_step(&self, operation: &Operation, step: Step, error: &Error) -> Result<Outcome, Error> {
+        let answer = Answer::Failed { error: error.name, cause: error.message.clone() };
+        let (outcome, stands) = self.write_answer(operation, step, &answer).await?;
+        // Also if it is a repeat: an earlier delivery may have died before it came so far.
+        if stands {
+            self.fail(operation, error).await?;
+        }
+        Ok(outcome)
+    }
+
+    /// Ends the whole operation: every step that has no answer yet fails with this error.
     pub async fn fail(&self, operation: &Operation, error: &Error) -> Result<(), Error> {
         let answer = Answer::Failed { error: error.name, cause: error.message.clone() };
         for step in Step::ALL {
             self.arrive(operation, step, &answer).await?;
         }
         Ok(())
+    }
+
+    /// Writes the answer, completes the task if one waits, and says whether this answer is the one that stands.
+    async fn write_answer(&self, operation: &Operation, step: Step, answer: &Answer) -> Result<(Outcome, bool), Error> {
+        let value = serde_dynamo::to_attribute_value(answer).map_err(|error| broken_item(&error))?;
+        let values =
+            HashMap::from([(":answer".to_owned(), value), (":one".to_owned(), AttributeValue::N("1".to_owned()))]);
+        let update = "SET answer = if_not_exists(answer, :answer), expiresAt = :expiresAt ADD arrivals :one";
+        let meeting = self.update(operation, step, update, None, values).await?.unwrap_or_default();
+        let outcome = self.complete(operation, step, &meeting).await?.unwrap_or(Outcome::Waiting);
+        let repeated = outcome != Outcome::Applied && meeting.arrivals > 1;
+        Ok((if repeated { Outcome::Duplicate } else { outcome }, meeting.answer.as_ref() == Some(answer)))
     }
 
     /// The device is still at it: the waiting state's deadline begins anew.
@@ -220,39 +245,38 @@ impl Rendezvous {
         }
     }
 
+    /// Writes the item and returns it whole; `None` if the condition refuses.
     async fn update(
         &self,
         operation: &Operation,
         step: Step,
         expression: &str,
+        condition: Option<&str>,
         mut values: HashMap<String, AttributeValue>,
-    ) -> Result<Meeting, Error> {
-        values.insert(
-            ":expiresAt".to_owned(),
-            AttributeValue::N((now_seconds() + KEEP_SECONDS).to_string()),
-        );
-        let output = self
+    ) -> Result<Option<Meeting>, Error> {
+        values.insert(":expiresAt".to_owned(), AttributeValue::N((now_seconds() + KEEP_SECONDS).to_string()));
+        let written = self
             .dynamodb
             .update_item()
             .table_name(&self.table)
             .set_key(Some(key(operation, step)))
             .update_expression(expression)
+            .set_condition_expression(condition.map(str::to_owned))
             .set_expression_attribute_values(Some(values))
             .return_values(ReturnValue::AllNew)
             .send()
-            .await
-            .map_err(|error| aws("dynamodb:UpdateItem", &error))?;
-        serde_dynamo::from_item(output.attributes.unwrap_or_default())
-            .map_err(|error| broken_item(&error))
+            .await;
+        match written {
+            Ok(output) => serde_dynamo::from_item(output.attributes.unwrap_or_default())
+                .map(Some)
+                .map_err(|error| broken_item(&error)),
+            Err(error) if code(&error) == Some("ConditionalCheckFailedException") => Ok(None),
+            Err(error) => Err(aws("dynamodb:UpdateItem", &error)),
+        }
     }
 
     /// Completes the waiting task if both halves are there; `None` if one is missing.
-    async fn complete(
-        &self,
-        operation: &Operation,
-        step: Step,
-        meeting: &Meeting,
-    ) -> Result<Option<Outcome>, Error> {
+    async fn complete(&self, operation: &Operation, step: Step, meeting: &Meeting) -> Result<Option<Outcome>, Error> {
         let Some((token, result)) = meeting.completion() else { return Ok(None) };
         let late_or = |code: Option<&str>, error: Error| {
             if is_late(code) { Ok(Some(Outcome::Late)) } else { Err(error) }
@@ -263,11 +287,7 @@ impl Rendezvous {
                     "thingName": operation.thing, "operationId": operation.id, "step": step,
                     "firmwareVersion": firmware_version,
                 });
-                let sent = self
-                    .step_functions
-                    .send_task_success()
-                    .task_token(token)
-                    .output(output.to_string());
+                let sent = self.step_functions.send_task_success().task_token(token).output(output.to_string());
                 match sent.send().await {
                     Ok(_) => Ok(Some(Outcome::Applied)),
                     Err(error) => late_or(code(&error), aws("states:SendTaskSuccess", &error)),
@@ -275,11 +295,7 @@ impl Rendezvous {
             }
             Err(failure) => {
                 let cause: String = failure.message.chars().take(MAX_CAUSE_CHARACTERS).collect();
-                let sent = self
-                    .step_functions
-                    .send_task_failure()
-                    .task_token(token)
-                    .error(failure.name.as_str());
+                let sent = self.step_functions.send_task_failure().task_token(token).error(failure.name.as_str());
                 match sent.cause(cause).send().await {
                     Ok(_) => Ok(Some(Outcome::Applied)),
                     Err(error) => late_or(code(&error), aws("states:SendTaskFailure", &error)),
@@ -295,10 +311,7 @@ fn is_late(code: Option<&str>) -> bool {
 }
 
 fn key(operation: &Operation, step: Step) -> HashMap<String, AttributeValue> {
-    HashMap::from([
-        ("operation".to_owned(), text(operation.key())),
-        ("step".to_owned(), text(step.name())),
-    ])
+    HashMap::from([("operation".to_owned(), text(operation.key())), ("step".to_owned(), text(step.name()))])
 }
 
 fn text(value: impl Into<String>) -> AttributeValue {

@@ -25,22 +25,13 @@ pub async fn handle(adapters: &Adapters, body: &str) -> Result<(), Error> {
         return Ok(());
     };
     if execution.job_document.get("workflow").is_none() {
-        tracing::info!(
-            thing = thing.as_str(),
-            job = execution.job_id.as_str(),
-            outcome = "IGNORED",
-            "foreign job"
-        );
+        tracing::info!(thing = thing.as_str(), job = execution.job_id.as_str(), outcome = "IGNORED", "foreign job");
         return Ok(());
     }
     start(adapters, &thing, &execution).await
 }
 
-async fn start(
-    adapters: &Adapters,
-    thing: &ThingName,
-    execution: &NextExecution,
-) -> Result<(), Error> {
+async fn start(adapters: &Adapters, thing: &ThingName, execution: &NextExecution) -> Result<(), Error> {
     let document: JobDocument = serde_json::from_value(execution.job_document.clone())
         .map_err(|error| Error::new(ErrorName::InvalidInput, format!("jobDocument: {error}")))?;
     let state_machine = match document.workflow {
@@ -54,16 +45,10 @@ async fn start(
         operation_id: OperationId::of_job_execution(job, execution.execution_number),
         document,
     };
-    let input = serde_json::to_string(&input)
-        .map_err(|error| Error::new(ErrorName::ServiceError, error.to_string()))?;
-    let name =
-        execution_name(&[job.as_str(), thing.as_str(), &execution.execution_number.to_string()]);
-    let request = adapters
-        .step_functions
-        .start_execution()
-        .state_machine_arn(state_machine)
-        .name(&name)
-        .input(input);
+    let input =
+        serde_json::to_string(&input).map_err(|error| Error::new(ErrorName::ServiceError, error.to_string()))?;
+    let name = execution_name(&[job.as_str(), thing.as_str(), &execution.execution_number.to_string()]);
+    let request = adapters.step_functions.start_execution().state_machine_arn(state_machine).name(&name).input(input);
     let outcome = match request.send().await {
         Ok(_) => "APPLIED",
         Err(error) if code(&error) == Some("ExecutionAlreadyExists") => "DUPLICATE",

@@ -21,17 +21,15 @@ pub struct Adapters {
 pub async fn handle(adapters: &Adapters, body: &str) -> Result<(), Error> {
     let event: JobExecutionEvent = MqttMessage::parse(body)?.json()?;
     let error = match event.status.as_str() {
-        "TIMED_OUT" => {
-            Error::new(ErrorName::JobTimedOut, "the job's timer ended the job execution")
-        }
+        "TIMED_OUT" => Error::new(ErrorName::JobTimedOut, "the job's timer ended the job execution"),
         "CANCELED" | "REMOVED" | "REJECTED" => {
             Error::new(ErrorName::JobCanceled, format!("the job execution is {}", event.status))
         }
         _ => return Ok(()),
     };
-    let thing = event.thing_name().ok_or_else(|| {
-        Error::new(ErrorName::MalformedMessage, format!("thingArn: got {:?}", event.thing_arn))
-    })?;
+    let thing = event
+        .thing_name()
+        .ok_or_else(|| Error::new(ErrorName::MalformedMessage, format!("thingArn: got {:?}", event.thing_arn)))?;
     let number = match event.execution_number {
         Some(number) => number,
         None => execution_number(&adapters.iot, &event).await?,
@@ -43,10 +41,7 @@ pub async fn handle(adapters: &Adapters, body: &str) -> Result<(), Error> {
 }
 
 /// The documented form of the event has no execution number; the last one is meant then.
-async fn execution_number(
-    iot: &aws_sdk_iot::Client,
-    event: &JobExecutionEvent,
-) -> Result<i64, Error> {
+async fn execution_number(iot: &aws_sdk_iot::Client, event: &JobExecutionEvent) -> Result<i64, Error> {
     let thing = event.thing_name().map(String::from).unwrap_or_default();
     let request = iot.describe_job_execution().job_id(event.job_id.as_str()).thing_name(thing);
     let output = request.send().await.map_err(|error| aws("iot:DescribeJobExecution", &error))?;

@@ -1,6 +1,6 @@
 //! A state that sends nothing waits for a step.
 
-use super::rendezvous::{Operation, Rendezvous};
+use super::rendezvous::{Operation, Rendezvous, Wait};
 use crate::Error;
 use protocol::{OperationId, Step, ThingName};
 use serde::Deserialize;
@@ -15,18 +15,14 @@ pub struct Input {
     pub operation_id: OperationId,
     /// The step to wait for.
     pub step: Step,
-    /// The waiting state's token.
-    pub task_token: String,
-    /// The version that the device must report with it; any, if absent.
-    #[serde(default)]
-    pub expected_version: Option<String>,
+    /// How the state waits.
+    pub wait: Wait,
 }
 
 /// Stores the token; an answer that came before it ends the wait at once.
 pub async fn handle(rendezvous: &Rendezvous, input: Input) -> Result<(), Error> {
     let operation = Operation::new(&input.thing_name, &input.operation_id);
-    let expected = input.expected_version.as_deref();
-    let outcome = rendezvous.expect(&operation, input.step, &input.task_token, expected).await?;
+    let outcome = rendezvous.expect(&operation, input.step, &input.wait).await?;
     tracing::info!(operation = operation.key(), step = input.step.name(), ?outcome);
     Ok(())
 }

@@ -1,0 +1,356 @@
+//! The local cloud: `MiniStack` and Step Functions on ports of their own, healthy before anything uses them.
+
+use std::fmt::Write as _;
+use std::fs;
+use std::net::TcpListener;
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+
+use crate::console::Step;
+use crate::deploy;
+use crate::process::{Interrupted, Kind, Process};
+use crate::project::{ACCOUNT, Project, REGION};
+use crate::python::Venvs;
+use crate::run::{Record, Run};
+
+/// The name of the stack; each run has a cloud of its own, so it need not be unique.
+pub(crate) const STACK: &str = "fleetflow";
+const HEALTH_INTERVAL: Duration = Duration::from_millis(100);
+const HEALTH_LIMIT: Duration = Duration::from_mins(1);
+const START_ATTEMPTS: usize = 3;
+
+/// What `up` takes.
+#[derive(Args)]
+pub(crate) struct UpOptions {
+    /// Leave the cloud running in the background; `cargo xtask down` stops it.
+    #[arg(long)]
+    detach: bool,
+    /// A parameter of the template (may be repeated).
+    #[arg(long = "parameter", value_name = "NAME=VALUE", value_parser = parameter)]
+    parameters: Vec<(String, String)>,
+    #[command(flatten)]
+    ports: FixedPorts,
+}
+
+/// Ports that shall not be chosen freely.
+#[derive(Args, Clone, Copy, Default)]
+pub(crate) struct FixedPorts {
+    /// Port of the AWS endpoint [default: a free one]
+    #[arg(long)]
+    port: Option<u16>,
+    /// Port of the MQTT broker [default: a free one]
+    #[arg(long)]
+    mqtt_port: Option<u16>,
+}
+
+impl FixedPorts {
+    fn any(self) -> bool {
+        self.port.is_some() || self.mqtt_port.is_some()
+    }
+}
+
+fn parameter(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.to_owned())),
+        _ => Err(format!("`{text}` is not NAME=VALUE")),
+    }
+}
+
+/// Three ports, free when they were chosen.
+struct Ports {
+    gateway: u16,
+    stepfunctions: u16,
+    mqtt: u16,
+}
+
+impl Ports {
+    fn choose(fixed: FixedPorts) -> Result<Self> {
+        // All are held until all are chosen, so that they differ.
+        let gateway = listen(fixed.port)?;
+        let stepfunctions = listen(None)?;
+        let mqtt = listen(fixed.mqtt_port)?;
+        let port = |listener: &TcpListener| listener.local_addr().map(|address| address.port());
+        Ok(Self { gateway: port(&gateway)?, stepfunctions: port(&stepfunctions)?, mqtt: port(&mqtt)? })
+    }
+
+    /// Whether somebody else has taken one of them since.
+    fn taken(&self) -> bool {
+        [self.gateway, self.stepfunctions, self.mqtt].into_iter().any(|port| listen(Some(port)).is_err())
+    }
+}
+
+fn listen(port: Option<u16>) -> Result<TcpListener> {
+    TcpListener::bind(("127.0.0.1", port.unwrap_or(0))).with_context(|| match port {
+        Some(port) => format!(
+            "port {port} on 127.0.0.1 cannot be used: end the program that listens there, or leave the port out to \
+             have a free one chosen"
+        ),
+        None => "no free port was found on 127.0.0.1".to_owned(),
+    })
+}
+
+/// A running local cloud; dropping it stops it.
+pub(crate) struct Cloud {
+    // Step Functions first: its tasks call MiniStack.
+    stepfunctions: Process,
+    ministack: Process,
+    /// URL of everything but Step Functions.
+    pub(crate) endpoint: String,
+    /// URL of Step Functions.
+    pub(crate) stepfunctions_endpoint: String,
+    /// Host and port of the MQTT broker.
+    pub(crate) mqtt: String,
+    /// Certificate that signs the broker's.
+    pub(crate) ca: PathBuf,
+    /// The Python environments of the cloud and its tools.
+    pub(crate) venvs: Venvs,
+    /// The folder of this run; it closes after both processes have ended.
+    pub(crate) run: OpenRun,
+}
+
+/// A run that is closed when it is dropped.
+pub(crate) struct OpenRun(Run);
+
+impl std::ops::Deref for OpenRun {
+    type Target = Run;
+
+    fn deref(&self) -> &Run {
+        &self.0
+    }
+}
+
+impl Drop for OpenRun {
+    fn drop(&mut self) {
+        self.0.close();
+    }
+}
+
+impl Cloud {
+    /// Starts both parts and waits until they answer.
+    pub(crate) fn start(project: &Project, fixed: FixedPorts, detached: bool) -> Result<Self> {
+        let venvs = Venvs::ready(project)?;
+        let step = Step::start("Local cloud: MiniStack and Step Functions");
+        let run = OpenRun(Run::create(project)?);
+        let mut attempt = 1;
+        let (ports, ministack, stepfunctions) = loop {
+            let ports = Ports::choose(fixed)?;
+            match start_processes(project, &venvs, &run, &ports) {
+                Ok((ministack, stepfunctions)) => break (ports, ministack, stepfunctions),
+                // Between the choice of a port and its use another program may have taken it.
+                Err(error)
+                    if attempt < START_ATTEMPTS && !fixed.any() && !error.is::<Interrupted>() && ports.taken() =>
+                {
+                    attempt += 1;
+                }
+                Err(error) => return Err(error),
+            }
+        };
+        let cloud = Self {
+            stepfunctions,
+            ministack,
+            endpoint: url(ports.gateway),
+            stepfunctions_endpoint: url(ports.stepfunctions),
+            mqtt: format!("127.0.0.1:{}", ports.mqtt),
+            ca: run.file("ca.pem"),
+            venvs,
+            run,
+        };
+        cloud.describe(detached)?;
+        step.done();
+        Ok(cloud)
+    }
+
+    /// Writes `ca.pem`, `cloud.json` and `env`.
+    fn describe(&self, detached: bool) -> Result<()> {
+        let ca = get(&format!("{}/_ministack/iot/ca.pem", self.endpoint))
+            .context("MiniStack does not hand out the certificate of its MQTT broker")?;
+        fs::write(&self.ca, ca)?;
+        let record = Record::new(&self.endpoint, &self.stepfunctions_endpoint, &self.mqtt, STACK, detached)?;
+        self.run.record(record, &[("ministack", &self.ministack), ("stepfunctions", &self.stepfunctions)])?;
+        let exports = self.environment().into_iter().fold(String::new(), |mut text, (name, value)| {
+            // Writing to a string does not fail.
+            let _ = writeln!(text, "export {name}='{value}'");
+            text
+        });
+        let path = format!("export PATH='{}':\"$PATH\"\n", self.venvs.build.folder.join("bin").display());
+        let unset = "unset AWS_PROFILE AWS_SESSION_TOKEN\n";
+        fs::write(self.run.file("env"), exports + unset + &path)?;
+        Ok(())
+    }
+
+    /// The environment in which a program finds this cloud.
+    pub(crate) fn environment(&self) -> Vec<(&'static str, String)> {
+        let mut environment = credentials();
+        environment.extend([
+            ("AWS_ENDPOINT_URL", self.endpoint.clone()),
+            ("AWS_ENDPOINT_URL_SFN", self.stepfunctions_endpoint.clone()),
+            ("FLEETFLOW_MQTT_ENDPOINT", self.mqtt.clone()),
+            ("FLEETFLOW_CA", self.ca.display().to_string()),
+            ("FLEETFLOW_STACK", STACK.to_owned()),
+            ("FLEETFLOW_RUN", self.run.folder.display().to_string()),
+            ("FLEETFLOW_VENV_BUILD", self.venvs.build.folder.display().to_string()),
+            ("FLEETFLOW_VENV_CLOUD", self.venvs.cloud.folder.display().to_string()),
+        ]);
+        environment
+    }
+
+    /// A program of the build environment (`sam`, `aws`) that talks to this cloud.
+    pub(crate) fn tool(&self, project: &Project, program: &str) -> Command {
+        let mut command = project.tool(&self.venvs.build, program);
+        command.envs(self.environment());
+        command
+    }
+
+    /// A Python script of `local/` that talks to this cloud.
+    pub(crate) fn script(&self, project: &Project, name: &str) -> Command {
+        let mut command = project.tool(&self.venvs.cloud, "python");
+        command.envs(self.environment()).arg(project.root.join("local").join(name));
+        command
+    }
+
+    /// Lets the cloud outlive this program.
+    fn leave(self) {
+        self.stepfunctions.leave();
+        self.ministack.leave();
+        std::mem::forget(self.run);
+    }
+}
+
+fn credentials() -> Vec<(&'static str, String)> {
+    vec![
+        ("AWS_ACCESS_KEY_ID", ACCOUNT.to_owned()),
+        ("AWS_SECRET_ACCESS_KEY", "test".to_owned()),
+        ("AWS_REGION", REGION.to_owned()),
+        ("AWS_DEFAULT_REGION", REGION.to_owned()),
+    ]
+}
+
+fn url(port: u16) -> String {
+    format!("http://127.0.0.1:{port}")
+}
+
+fn start_processes(project: &Project, venvs: &Venvs, run: &Run, ports: &Ports) -> Result<(Process, Process)> {
+    let log = run.log("ministack");
+    let mut command = ministack(project, venvs, run, ports);
+    let ministack = project.processes.spawn("MiniStack", Kind::Service, &mut command, Some(&log))?;
+    let log = run.log("stepfunctions");
+    let mut command = project.tool(&venvs.cloud, "python");
+    command
+        .arg(project.root.join("local/stepfunctions_local.py"))
+        .arg(ports.stepfunctions.to_string())
+        .envs(credentials())
+        .env("MOTO_PORT", ports.gateway.to_string())
+        .env("MOTO_ACCOUNT_ID", ACCOUNT)
+        .env("TMPDIR", run.file("tmp"));
+    let stepfunctions = project.processes.spawn("Step Functions", Kind::Service, &mut command, Some(&log))?;
+    healthy(project, ports)?;
+    Ok((ministack, stepfunctions))
+}
+
+fn ministack(project: &Project, venvs: &Venvs, run: &Run, ports: &Ports) -> Command {
+    let mut command = project.tool(&venvs.cloud, "python");
+    command
+        .arg(project.root.join("local/ministack_local.py"))
+        .envs(credentials())
+        .env("GATEWAY_PORT", ports.gateway.to_string())
+        .env("BIND_HOST", "127.0.0.1")
+        .env("IOT_MTLS_ENABLED", "1")
+        .env("IOT_MTLS_PORT", ports.mqtt.to_string())
+        .env("MINISTACK_REGION", REGION)
+        // Lambda processes inherit these; without them they would call AWS itself.
+        .env("AWS_ENDPOINT_URL", url(ports.gateway))
+        .env("AWS_ENDPOINT_URL_SFN", url(ports.stepfunctions))
+        .env("AWS_LAMBDA_LOG_FORMAT", "JSON")
+        // Gap: a call that the emulator throttles fails under a name that AWS does not use, so nothing retries it.
+        .env("LAMBDA_ACCOUNT_CONCURRENCY", "0")
+        // Each running function holds a thread, and its own calls need others.
+        .env("MINISTACK_WORKER_THREADS", "256")
+        .env("TMPDIR", run.file("tmp"))
+        .env("STATE_DIR", run.file("tmp/state"))
+        .env("S3_DATA_DIR", run.file("tmp/s3"));
+    command
+}
+
+fn healthy(project: &Project, ports: &Ports) -> Result<()> {
+    let endpoint = url(ports.gateway);
+    project.processes.wait_for("the start of MiniStack", HEALTH_INTERVAL, HEALTH_LIMIT, || {
+        let Some(health) = get(&format!("{endpoint}/_ministack/health")) else { return Ok(None) };
+        let health: serde_json::Value = serde_json::from_str(&health).unwrap_or_default();
+        match health["iot_mtls"].as_str() {
+            Some("listening") => Ok(Some(())),
+            Some("degraded" | "disabled") => {
+                bail!("MiniStack's MQTT broker does not listen on port {}: is it taken?", ports.mqtt)
+            }
+            _ => Ok(None),
+        }
+    })?;
+    let endpoint = url(ports.stepfunctions);
+    project.processes.wait_for("the start of Step Functions", HEALTH_INTERVAL, HEALTH_LIMIT, || {
+        Ok(get(&format!("{endpoint}/moto-api/")).map(drop))
+    })
+}
+
+/// The body of a successful answer.
+fn get(url: &str) -> Option<String> {
+    ureq::get(url)
+        .config()
+        .timeout_global(Some(Duration::from_secs(5)))
+        .build()
+        .call()
+        .ok()?
+        .body_mut()
+        .read_to_string()
+        .ok()
+}
+
+/// Starts the cloud, deploys to it and stays, or leaves it running.
+pub(crate) fn up(project: &Project, options: &UpOptions) -> Result<()> {
+    let cloud = Cloud::start(project, options.ports, options.detach)?;
+    deploy::deploy(project, &cloud, &options.parameters)?;
+    cloud.run.make_current(project)?;
+    println!("{}", instructions(&cloud));
+    if options.detach {
+        println!("\nIt runs in the background; `cargo xtask down` stops it.");
+        cloud.leave();
+        return Ok(());
+    }
+    println!("\nCtrl-C stops it.");
+    stay(project)
+}
+
+/// Stays until Ctrl-C, which is then the wanted end.
+pub(crate) fn stay(project: &Project) -> Result<()> {
+    let reason = project.processes.stay();
+    if reason.is::<Interrupted>() {
+        eprintln!("\nStopping the local cloud.");
+        return Ok(());
+    }
+    Err(reason)
+}
+
+fn instructions(cloud: &Cloud) -> String {
+    let Cloud { endpoint, stepfunctions_endpoint, mqtt, ca, run, .. } = cloud;
+    let (ca, folder) = (ca.display(), run.folder.display());
+    format!(
+        "\nThe local cloud is up, with the stack {STACK}.
+  AWS endpoint    {endpoint}
+  Step Functions  {stepfunctions_endpoint}
+  MQTT broker     {mqtt} (certificate authority: {ca})
+  logs            {folder}/logs
+
+In another terminal, make `aws`, `sam` and the simulator find it:
+  source .fleetflow/current/env
+Devices of the stack's thing group, with its policy (names: `sam list stack-outputs --stack-name {STACK}`):
+  cargo run -p device-simulator -- provision --count 20 --prefix sim --certificates .fleetflow/current/devices \\
+    --policy DEVICE-POLICY-NAME --thing-group THING-GROUP-NAME
+  cargo run -p device-simulator -- run --certificates .fleetflow/current/devices --endpoint {mqtt} --ca {ca}
+Update them:
+  aws s3 cp FIRMWARE-FILE s3://FIRMWARE-BUCKET-NAME/firmware/2.0.0
+  sam remote invoke CreateJobFunction --stack-name {STACK} --event '{{\"firmwareVersion\": \"2.0.0\", \
+\"upgradeTrigger\": \"manual\", \"targetArn\": \"THING-GROUP-ARN\", \"artifact\": {{\"key\": \"firmware/2.0.0\"}}}}'"
+    )
+}

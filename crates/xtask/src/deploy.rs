@@ -1,0 +1,82 @@
+//! Builds and deploys the template with the commands that deploy it to AWS.
+
+use std::collections::BTreeMap;
+use std::process::Command;
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+
+use crate::cloud::{Cloud, STACK};
+use crate::console::Step;
+use crate::project::Project;
+
+/// The parameters of the `local` environment in samconfig.toml.
+const LOCAL_PARAMETERS: [&str; 2] = ["LocalCloud=true", "MaximumConcurrency=5"];
+
+/// The outputs of the deployed stack.
+pub(crate) struct Outputs(BTreeMap<String, String>);
+
+impl Outputs {
+    /// The value of an output that the template must have.
+    pub(crate) fn get(&self, name: &str) -> Result<&str> {
+        self.0.get(name).map(String::as_str).with_context(|| format!("the stack {STACK} has no output {name}"))
+    }
+}
+
+/// A table of parameters as [`deploy`] takes it.
+pub(crate) fn parameters(table: &[(&str, &str)]) -> Vec<(String, String)> {
+    table.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
+}
+
+/// Builds the Lambda functions, deploys the stack and hands its state machines to the interpreter that runs them.
+pub(crate) fn deploy(project: &Project, cloud: &Cloud, parameters: &[(String, String)]) -> Result<Outputs> {
+    // One build of all functions; the build of each by `sam build` then finds it done. It names no package, as that names
+    // none: else Cargo would choose other features of the dependencies and compile them all twice.
+    let mut build = project.command("cargo");
+    build.env("PATH", cloud.venvs.build.path()).args(["lambda", "build", "--release"]);
+    step(project, cloud, "lambda-build", &mut build)?;
+
+    let folder = cloud.run.file("build");
+    let mut build = cloud.tool(project, "sam");
+    build.args(["build", "--config-env", "local", "--build-dir"]).arg(&folder);
+    step(project, cloud, "sam-build", &mut build)?;
+
+    let mut deploy = cloud.tool(project, "sam");
+    // By default the settings are looked for beside the built template.
+    deploy.arg("deploy").arg("--config-file").arg(project.root.join("samconfig.toml"));
+    deploy.args(["--config-env", "local", "--template-file"]).arg(folder.join("template.yaml"));
+    if !parameters.is_empty() {
+        // The option replaces the line of samconfig.toml, so that is repeated.
+        deploy.arg("--parameter-overrides").args(LOCAL_PARAMETERS);
+        deploy.args(parameters.iter().map(|(name, value)| format!("{name}={value}")));
+    }
+    step(project, cloud, "sam-deploy", &mut deploy)?;
+
+    let mut copy = cloud.script(project, "copy_state_machines.py");
+    copy.args(["--stack", STACK, "--to", &cloud.stepfunctions_endpoint]);
+    step(project, cloud, "copy-state-machines", &mut copy)?;
+    outputs(project, cloud)
+}
+
+/// Runs one command with its line as the title and its output in a log.
+fn step(project: &Project, cloud: &Cloud, name: &str, command: &mut Command) -> Result<()> {
+    let line = project.line(command);
+    let step = Step::start(format!("$ {line}"));
+    let words: Vec<&str> = line.split(' ').take(2).collect();
+    project.processes.run(&format!("`{}`", words.join(" ")), command, &cloud.run.log(name))?;
+    step.done();
+    Ok(())
+}
+
+fn outputs(project: &Project, cloud: &Cloud) -> Result<Outputs> {
+    let mut describe = cloud.tool(project, "aws");
+    describe.args(["cloudformation", "describe-stacks", "--stack-name", STACK, "--output", "json"]);
+    let answer =
+        project.processes.output("`aws cloudformation describe-stacks`", &mut describe, &cloud.run.log("outputs"))?;
+    let answer: Value =
+        serde_json::from_str(&answer).context("`aws cloudformation describe-stacks` printed no JSON")?;
+    let outputs = answer["Stacks"][0]["Outputs"].as_array().cloned().unwrap_or_default();
+    let pair =
+        |output: &Value| Some((output["OutputKey"].as_str()?.to_owned(), output["OutputValue"].as_str()?.to_owned()));
+    Ok(Outputs(outputs.iter().filter_map(pair).collect()))
+}

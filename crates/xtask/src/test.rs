@@ -1,0 +1,131 @@
+//! `cargo xtask test`: everything that must pass, in the order of how quickly it tells.
+
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::Result;
+use clap::Args;
+
+use crate::cloud::{Cloud, FixedPorts};
+use crate::console::Step;
+use crate::deploy;
+use crate::project::Project;
+use crate::python::Venvs;
+
+/// How long a step may take in the end-to-end tests: longer than a queue waits before it delivers again what a killed
+/// function had begun (a minute).
+const STEP_TIMEOUT_SECONDS: &str = "90";
+
+/// Template parameters of the end-to-end tests: deadlines of seconds, where AWS gets minutes and hours.
+const TEST_PARAMETERS: &[(&str, &str)] = &[
+    ("AcknowledgeTimeoutSeconds", "20"),
+    ("TransferTimeoutSeconds", STEP_TIMEOUT_SECONDS),
+    ("InstallTimeoutSeconds", STEP_TIMEOUT_SECONDS),
+    ("RebootTimeoutSeconds", STEP_TIMEOUT_SECONDS),
+];
+
+/// What `test` takes.
+#[derive(Args)]
+pub(crate) struct TestOptions {
+    /// Leave out the tests that need the local cloud.
+    #[arg(long)]
+    skip_end_to_end: bool,
+    /// Run only tests whose name contains this; the checks before the tests are left out.
+    filter: Option<String>,
+}
+
+/// The steps that have passed, for the summary.
+#[derive(Default)]
+struct Passed(Vec<(String, Duration)>);
+
+impl Passed {
+    fn step(&mut self, title: &str, work: impl FnOnce() -> Result<()>) -> Result<()> {
+        let step = Step::title(title);
+        work()?;
+        self.0.push((title.to_owned(), step.done()));
+        Ok(())
+    }
+
+    fn command(&mut self, project: &Project, title: &str, mut command: Command) -> Result<()> {
+        self.step(title, || {
+            eprintln!("$ {}", project.line(&command));
+            project.processes.show(title, &mut command)
+        })
+    }
+
+    fn summary(&self) {
+        eprintln!();
+        for (title, time) in &self.0 {
+            eprintln!("passed  {title}  {:.1} s", time.as_secs_f32());
+        }
+    }
+}
+
+/// Runs all steps and stops at the first that fails.
+pub(crate) fn test(project: &Project, options: &TestOptions) -> Result<()> {
+    let mut passed = Passed::default();
+    let outcome = steps(project, options, &mut passed);
+    passed.summary();
+    outcome?;
+    eprintln!("All passed.");
+    Ok(())
+}
+
+fn steps(project: &Project, options: &TestOptions, passed: &mut Passed) -> Result<()> {
+    if options.filter.is_none() {
+        passed.command(project, "Format", cargo(project, &["fmt", "--all", "--", "--check"]))?;
+        let clippy = ["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"];
+        passed.command(project, "Lints", cargo(project, &clippy))?;
+        definitions(project, passed)?;
+    }
+    let mut unit = cargo(project, &["test", "--workspace"]);
+    if let Some(filter) = &options.filter {
+        unit.args(["--", filter]);
+    }
+    passed.command(project, "Unit tests", unit)?;
+    if options.skip_end_to_end {
+        return Ok(());
+    }
+    end_to_end(project, options.filter.as_deref(), passed)
+}
+
+fn cargo(project: &Project, arguments: &[&str]) -> Command {
+    let mut command = project.command("cargo");
+    command.args(arguments);
+    command
+}
+
+fn definitions(project: &Project, passed: &mut Passed) -> Result<()> {
+    let venvs = Venvs::ready(project)?;
+    let region = ("AWS_DEFAULT_REGION", crate::project::REGION);
+    let mut validate = project.tool(&venvs.build, "sam");
+    validate.args(["validate", "--lint"]).env(region.0, region.1);
+    passed.command(project, "Template: sam validate", validate)?;
+    let mut lint = project.tool(&venvs.build, "cfn-lint");
+    lint.args(["--template", "template.yaml"]);
+    passed.command(project, "Template: cfn-lint", lint)?;
+    let mut check = project.tool(&venvs.cloud, "python");
+    check.arg("local/check_definitions.py");
+    passed.command(project, "State machines", check)
+}
+
+fn end_to_end(project: &Project, filter: Option<&str>, passed: &mut Passed) -> Result<()> {
+    let mut cloud = None;
+    passed.step("Local cloud", || {
+        let started = Cloud::start(project, FixedPorts::default(), false)?;
+        let parameters: Vec<(String, String)> =
+            TEST_PARAMETERS.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        deploy::deploy(project, &started, &parameters)?;
+        cloud = Some(started);
+        Ok(())
+    })?;
+    let Some(cloud) = cloud else { return Ok(()) };
+    // The whole workspace is named, so that features unify as in the step before and nothing compiles twice.
+    let mut tests = cargo(project, &["test", "--workspace", "--test", "end_to_end", "--", "--ignored"]);
+    tests.args(filter).envs(cloud.environment()).env("FLEETFLOW_STEP_TIMEOUT_SECONDS", STEP_TIMEOUT_SECONDS);
+    passed.command(project, "End-to-end tests", tests)?;
+    passed.step("Stop the local cloud", || {
+        drop(cloud);
+        Ok(())
+    })
+}

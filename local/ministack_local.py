@@ -1,0 +1,23 @@
+"""MiniStack, the emulator of AWS, with what it lacks. Its settings come from the environment.
+
+Usage: GATEWAY_PORT=4566 python ministack_local.py
+"""
+
+import ministack.services.lambda_svc as lambda_svc
+from ministack.app import main
+
+_sqs_esm_concurrency = lambda_svc._sqs_esm_concurrency
+
+
+def sqs_concurrency(mapping, *arguments, **keywords):
+    """Gap: CloudFormation makes a number of a parameter where a property is one; the emulator leaves the text."""
+    scaling = mapping.get("ScalingConfig") or {}
+    if scaling.get("MaximumConcurrency"):
+        mapping["ScalingConfig"] = {**scaling, "MaximumConcurrency": int(scaling["MaximumConcurrency"])}
+    return _sqs_esm_concurrency(mapping, *arguments, **keywords)
+
+
+lambda_svc._sqs_esm_concurrency = sqs_concurrency
+
+if __name__ == "__main__":
+    main()

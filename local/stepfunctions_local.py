@@ -1,0 +1,346 @@
+"""Step Functions for the local cloud: moto's interpreter, whose tasks call the emulator on MOTO_PORT.
+
+Usage: MOTO_PORT=4566 MOTO_ACCOUNT_ID=000000000000 python stepfunctions_local.py 4567
+
+Definitions are written for AWS. What moto lacks is closed here, one gap after the other, each named where it is closed.
+"""
+
+import copy
+import functools
+import hashlib
+import os
+import re
+import sys
+import threading
+import time
+import uuid
+
+import boto3
+import jsonata
+import moto.stepfunctions.parser.asl.jsonata.jsonata as jsonata_bridge
+from botocore.config import Config
+from botocore.session import get_session
+from jsonata.utils import Utils
+from moto.core.config import default_user_config
+from moto.server import main
+from moto.stepfunctions.parser.api import EvaluationFailedEventDetails, HistoryEventType
+from moto.stepfunctions.parser.asl.component.common.error_name.failure_event import FailureEvent, FailureEventException
+from moto.stepfunctions.parser.asl.component.common.error_name.states_error_name import StatesErrorName
+from moto.stepfunctions.parser.asl.component.common.error_name.states_error_name_type import StatesErrorNameType
+from moto.stepfunctions.parser.asl.component.common.string.string_expression import StringJSONata
+from moto.stepfunctions.parser.asl.component.intrinsic.jsonata import get_intrinsic_functions_declarations
+from moto.stepfunctions.parser.asl.component.state.exec.execute_state import ExecutionState
+from moto.stepfunctions.parser.asl.component.state.exec.state_task import lambda_eval_utils
+from moto.stepfunctions.parser.asl.component.state.exec.state_task.service.state_task_service import StateTaskService
+from moto.stepfunctions.parser.asl.component.state.exec.state_task.service.state_task_service_aws_sdk import (
+    StateTaskServiceAwsSdk,
+)
+from moto.stepfunctions.parser.asl.component.state.exec.state_task.service.state_task_service_callback import (
+    StateTaskServiceCallback,
+)
+from moto.stepfunctions.parser.asl.eval.callback.callback import CallbackOutcomeTimedOut, HeartbeatTimedOut
+from moto.stepfunctions.parser.asl.eval.event.event_detail import EventDetails
+from moto.stepfunctions.parser.asl.jsonata.jsonata import JSONataException, extract_jsonata_variable_references
+from moto.stepfunctions.parser.asl.parse.asl_parser import AmazonStateLanguageParser
+
+# This import also loads every module that imported a function that is replaced here by name.
+from moto.stepfunctions.parser.models import StepFunctionsParserBackend
+
+ENDPOINT = f"http://127.0.0.1:{os.environ['MOTO_PORT']}"
+PARALLEL_CALLS = 400
+
+
+def replace_everywhere(name, function):
+    """Gives every module that imported the function `name` from moto this one instead."""
+    for module in list(sys.modules.values()):
+        if getattr(module, "__name__", "").startswith("moto.stepfunctions") and hasattr(module, name):
+            setattr(module, name, function)
+
+
+# Gap: moto has no JSONata evaluator, and it writes the variables into the text of each expression (unescaped), which
+# breaks at the first quotation mark in a device's error message. Here an expression is compiled once, and the values
+# are bound to it.
+
+
+class UnsupportedResult(Exception):
+    """The expression's value is not JSON."""
+
+
+@functools.lru_cache(maxsize=4096)
+def compiled(expression):
+    """The expression, parsed, with moto's definitions of the functions that Step Functions adds to JSONata."""
+    references = extract_jsonata_variable_references(expression)
+    return jsonata.Jsonata(f"({get_intrinsic_functions_declarations(references - set(FUNCTIONS))}{expression})")
+
+
+def hash_of(data, algorithm="SHA-256"):
+    """Gap: moto's $hash returns a sentence that says it is not supported."""
+    return hashlib.new(algorithm.replace("SHA-", "SHA").lower(), data.encode()).hexdigest()
+
+
+def uuid4():
+    """Gap: moto's $uuid returns a sentence that says it is not supported."""
+    return str(uuid.uuid4())
+
+
+FUNCTIONS = {"$hash": hash_of, "$uuid": uuid4}
+FUNCTION_BINDINGS = {name[1:]: jsonata.Jsonata.JLambda(function) for name, function in FUNCTIONS.items()}
+
+
+def evaluate(expression, bindings):
+    """The value of the expression; `None` is JSON's null; raises for anything that is not JSON."""
+    # One instance a call: the evaluator keeps the time and the input of the running evaluation in it.
+    instance = copy.copy(compiled(expression))
+    instance.set_output_convert_nulls(False)
+    jsonata.Jsonata.CURRENT.jsonata = instance
+    # To the evaluator, a variable that holds Python's `None` is undefined and not null.
+    values = {name: Utils.NULL_VALUE if value is None else value for name, value in bindings.items()}
+    value = instance.evaluate(None, {**FUNCTION_BINDINGS, **values})
+    if value is None:
+        raise UnsupportedResult("returned nothing (undefined)")
+    return plain(value)
+
+
+def plain(value):
+    """A copy that holds nothing but JSON; a whole number is an integer, as it is in JavaScript."""
+    if value is None or value is Utils.NULL_VALUE:
+        return None
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    raise UnsupportedResult("returned an unsupported result type")
+
+
+def evaluation_failed(env, cause):
+    """States.QueryEvaluationError, as AWS reports it, in the history and as the state's failure."""
+    name = StatesErrorName(typ=StatesErrorNameType.StatesQueryEvaluationError)
+    details = EvaluationFailedEventDetails(cause=cause, error=name.error_name)
+    event = FailureEvent(
+        env=env,
+        error_name=name,
+        event_type=HistoryEventType.EvaluationFailed,
+        event_details=EventDetails(evaluationFailedEventDetails=details),
+    )
+    return FailureEventException(failure_event=event)
+
+
+def eval_expression(self, env):
+    variables = {**env.variable_store._outer_scope, **env.variable_store._inner_scope}
+    try:
+        value = evaluate(self.expression, {**variables, "states": env.states._states_data})
+    except UnsupportedResult as error:
+        raise evaluation_failed(env, f"The JSONata expression '{self.expression}' {error}.") from error
+    except Exception as error:
+        raise evaluation_failed(env, f"The JSONata expression '{self.expression}' failed: {error}") from error
+    env.stack.append(value)
+
+
+def eval_text(expression):
+    """The other callers of moto's evaluator hand it one text with everything inside."""
+    try:
+        return evaluate(expression, {})
+    except UnsupportedResult:
+        return None
+    except Exception as error:
+        raise JSONataException("UNKNOWN", str(error)) from error
+
+
+StringJSONata._eval_body = eval_expression
+jsonata_bridge.eval_jsonata_expression = eval_text
+replace_everywhere("eval_jsonata_expression", eval_text)
+
+
+# Gap: moto makes a new client for every task, signs with "ak"/"sk" (which the emulator refuses when it enforces
+# policies) and allows ten connections. The root key pair comes from the environment.
+
+_clients = {}
+_clients_lock = threading.Lock()
+
+
+def shared_client(region, service, state_credentials=None):
+    """The one client of this service; roles of states are not assumed here."""
+    with _clients_lock:
+        if (service, region) not in _clients:
+            # A task may run for as long as its state allows: Step Functions keeps the time, not the client.
+            config = Config(
+                parameter_validation=False,
+                retries={"total_max_attempts": 1},
+                connect_timeout=60,
+                read_timeout=24 * 3600,
+                max_pool_connections=PARALLEL_CALLS,
+            )
+            _clients[service, region] = boto3.client(
+                service, region_name=region, endpoint_url=ENDPOINT, config=config
+            )
+        return _clients[service, region]
+
+
+replace_everywhere("boto_client_for", shared_client)
+
+
+# Gap: moto passes the members of aws-sdk tasks on as they are written (`ThingName`); botocore wants `thingName`, and
+# the answer comes back in the capitals of Step Functions.
+
+_session = get_session()
+
+
+@functools.lru_cache(maxsize=256)
+def operation_model(service, operation):
+    return _session.get_service_model(service).operation_model(operation)
+
+
+def _operation(task):
+    action = task.resource.api_action
+    return operation_model(task._get_boto_service_name(), action[0].upper() + action[1:])
+
+
+def _normalise_parameters(self, parameters, *_):
+    self._to_boto_request(parameters, _operation(self).input_shape)
+
+
+def _normalise_response(self, response, *_):
+    shape = _operation(self).output_shape
+    if response and shape:
+        self._from_boto_response(response, shape)
+
+
+StateTaskServiceAwsSdk._normalise_parameters = _normalise_parameters
+StateTaskServiceAwsSdk._normalise_response = _normalise_response
+
+
+# Gap: moto knows few of the names that aws-sdk tasks use for services whose name in botocore is another.
+
+StateTaskService._SERVICE_NAME_SFN_TO_BOTO_OVERRIDES.update(
+    {
+        "cloudwatchlogs": "logs",
+        "eventbridge": "events",
+        "iotdataplane": "iot-data",
+        "iotjobsdataplane": "iot-jobs-data",
+    }
+)
+
+
+# Gap: moto names errors after botocore (`iot.ResourceNotFoundException`); AWS says `Iot.ResourceNotFoundException`.
+
+
+@functools.lru_cache(maxsize=64)
+def service_error_name(api_name):
+    """The service's name in an error, made of its service id as AWS does it: `DynamoDB` becomes `DynamoDb`."""
+    service = StateTaskService._SERVICE_NAME_SFN_TO_BOTO_OVERRIDES.get(api_name.lower(), api_name.lower())
+    words = _session.get_service_model(service).service_id.replace("IoT", "Iot").split()
+    return "".join(re.sub(r"(?<=[A-Z])[A-Z]", lambda letter: letter[0].lower(), word) for word in words)
+
+
+StateTaskServiceAwsSdk._normalise_service_error_name = staticmethod(service_error_name)
+
+
+# Gap: with HeartbeatSeconds moto waits for the next heartbeat only. It misses an answer that came before it began to
+# wait, which is common here (the function that stores the token finds an early answer), and forgets TimeoutSeconds.
+
+
+def wait_for_task_token(self, env, timeout_seconds, callback_endpoint, heartbeat_endpoint):
+    begin = beat = time.monotonic()
+
+    def notify():
+        nonlocal beat
+        beat = time.monotonic()
+
+    if heartbeat_endpoint:
+        heartbeat_endpoint.notify = notify
+    while env.is_running():
+        ends = [begin + timeout_seconds]
+        if heartbeat_endpoint:
+            ends.append(beat + heartbeat_endpoint._heartbeat_seconds)
+        outcome = callback_endpoint.wait(timeout=max(0, min(ends) - time.monotonic()))
+        if outcome is not None:
+            return outcome
+        now = time.monotonic()
+        if now >= begin + timeout_seconds:
+            break
+        if heartbeat_endpoint and now >= beat + heartbeat_endpoint._heartbeat_seconds:
+            return HeartbeatTimedOut()
+    return CallbackOutcomeTimedOut(callback_id=callback_endpoint.callback_id)
+
+
+StateTaskServiceCallback._eval_wait_for_task_token = wait_for_task_token
+
+
+# Gap: where AWS puts an empty string into the error output (a failure without a cause), moto puts null.
+
+_error_output = ExecutionState._construct_error_output_value
+
+
+def error_output(failure_event):
+    return {name: value or "" for name, value in _error_output(failure_event).items()}
+
+
+ExecutionState._construct_error_output_value = staticmethod(error_output)
+
+
+# Gap: an answer that comes while the Lambda function that asks for it still runs is forgotten when the state has a
+# heartbeat: moto waits for the next one, and then says that it timed out.
+
+_wait_for_task_token = StateTaskServiceCallback._wait_for_task_token_heartbeat
+
+
+def wait_for_task_token(self, env, callback_endpoint, heartbeat_endpoint):
+    return callback_endpoint.get_outcome() or _wait_for_task_token(self, env, callback_endpoint, heartbeat_endpoint)
+
+
+StateTaskServiceCallback._wait_for_task_token_heartbeat = wait_for_task_token
+
+
+# Gap: AWS has room for a thousand Lambda functions at once. Here they share a few processors: so many starts at the same
+# time would take longer than the functions may, so the calls wait for each other.
+
+_invoke_lambda_function = lambda_eval_utils._invoke_lambda_function
+_lambda_slots = threading.BoundedSemaphore(max(8, 4 * (os.cpu_count() or 1)))
+
+
+def invoke_lambda_function(*arguments, **keywords):
+    with _lambda_slots:
+        return _invoke_lambda_function(*arguments, **keywords)
+
+
+lambda_eval_utils._invoke_lambda_function = invoke_lambda_function
+
+
+# Gap: moto takes any name, calls every execution without a name `None`, and starts two executions when two requests with
+# the same name come at the same time.
+
+_start_execution = StepFunctionsParserBackend.start_execution
+_start_lock = threading.Lock()
+
+
+def start_execution(self, state_machine_arn, name=None, *arguments, **keywords):
+    name = name or uuid4()
+    self._validate_name(name)
+    with _start_lock:
+        return _start_execution(self, state_machine_arn, name, *arguments, **keywords)
+
+
+StepFunctionsParserBackend.start_execution = start_execution
+
+
+# Gap: moto parses the whole definition once more for each execution, which takes longer than running it. A copy of what
+# was parsed does as well.
+
+_parse = functools.lru_cache(maxsize=64)(AmazonStateLanguageParser.parse)
+
+
+def parse(definition):
+    program, tree = _parse(definition)
+    return copy.deepcopy(program), tree
+
+
+AmazonStateLanguageParser.parse = staticmethod(parse)
+
+
+if __name__ == "__main__":
+    default_user_config["stepfunctions"]["execute_state_machine"] = True
+    main(["-H", "127.0.0.1", "-p", sys.argv[1]])
