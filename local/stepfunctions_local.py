@@ -22,6 +22,7 @@ from botocore.config import Config
 from botocore.session import get_session
 from jsonata.utils import Utils
 from moto.core.config import default_user_config
+from moto.core.responses import EmptyResult
 from moto.server import main
 from moto.stepfunctions.parser.api import EvaluationFailedEventDetails, HistoryEventType
 from moto.stepfunctions.parser.asl.component.common.error_name.failure_event import FailureEvent, FailureEventException
@@ -45,6 +46,7 @@ from moto.stepfunctions.parser.asl.parse.asl_parser import AmazonStateLanguagePa
 
 # This import also loads every module that imported a function that is replaced here by name.
 from moto.stepfunctions.parser.models import StepFunctionsParserBackend
+from moto.stepfunctions.responses import StepFunctionResponse
 
 ENDPOINT = f"http://127.0.0.1:{os.environ['MOTO_PORT']}"
 PARALLEL_CALLS = 400
@@ -282,17 +284,16 @@ def error_output(failure_event):
 ExecutionState._construct_error_output_value = staticmethod(error_output)
 
 
-# Gap: an answer that comes while the Lambda function that asks for it still runs is forgotten when the state has a
-# heartbeat: moto waits for the next one, and then says that it timed out.
-
-_wait_for_task_token = StateTaskServiceCallback._wait_for_task_token_heartbeat
+# Gap: moto drops the cause that SendTaskFailure gives.
 
 
-def wait_for_task_token(self, env, callback_endpoint, heartbeat_endpoint):
-    return callback_endpoint.get_outcome() or _wait_for_task_token(self, env, callback_endpoint, heartbeat_endpoint)
+def send_task_failure(self):
+    token, error, cause = (self._get_param(name) for name in ("taskToken", "error", "cause"))
+    self.stepfunction_backend.send_task_failure(token, error=error, cause=cause)
+    return EmptyResult()
 
 
-StateTaskServiceCallback._wait_for_task_token_heartbeat = wait_for_task_token
+StepFunctionResponse.send_task_failure = send_task_failure
 
 
 # Gap: AWS has room for a thousand Lambda functions at once. Here they share a few processors: so many starts at the same

@@ -4,6 +4,7 @@
 
 use aws_sdk_iot::types::JobExecutionStatus::{self, Failed, InProgress, Succeeded, TimedOut};
 use aws_sdk_sfn::types::{ExecutionStatus, HistoryEventType};
+use base64::Engine;
 use device_simulator::provision::ProtocolMix;
 use device_simulator::{CutPoint, Fault, Faults, Outcome};
 use fleet::workflows::rendezvous::{Answer, Meeting, Operation, Rendezvous, Wait};
@@ -24,10 +25,18 @@ fn first_operation(job: &str) -> OperationId {
     OperationId::of_job_execution(&job.parse::<JobId>().unwrap(), 1)
 }
 
-/// Publishes as the broker itself would.
-async fn publish(cloud: &Cloud, topic: &str, payload: &Value) {
-    let payload = aws_sdk_iotdataplane::primitives::Blob::new(payload.to_string());
-    cloud.mqtt.publish().topic(topic).qos(1).payload(payload).send().await.expect("published");
+/// The queue of that logical name.
+async fn queue(cloud: &Cloud, name: &str) -> String {
+    let urls = cloud.sqs.list_queues().send().await.expect("queues").queue_urls.unwrap_or_default();
+    urls.into_iter().find(|url| url.contains(name)).unwrap_or_else(|| panic!("no queue {name}"))
+}
+
+/// Puts a message of the broker's own into a queue, as the topic rule does: only the broker may publish below `$aws/`.
+async fn notify(cloud: &Cloud, queue_name: &str, topic: &str, payload: &Value) {
+    let payload = base64::prelude::BASE64_STANDARD.encode(payload.to_string());
+    let body = json!({"topic": topic, "payload": payload}).to_string();
+    let send = cloud.sqs.send_message().queue_url(queue(cloud, queue_name).await).message_body(body);
+    send.send().await.expect("sent");
 }
 
 #[tokio::test]
@@ -216,8 +225,9 @@ async fn a_repeated_notification_starts_nothing_and_a_foreign_job_is_left_alone(
         "jobId": job, "status": "QUEUED", "queuedAt": 1, "lastUpdatedAt": 1, "versionNumber": 1, "executionNumber": 1,
         "jobDocument": document,
     }});
+    let topic = format!("$aws/things/{}/jobs/notify-next", things[0]);
     for _ in 0..3 {
-        publish(&cloud, &format!("$aws/things/{}/jobs/notify-next", things[0]), &notification).await;
+        notify(&cloud, "JobNotificationsQueue", &topic, &notification).await;
     }
     for step in DEVICE_STEPS {
         device.succeed(&operation, &reply_to, step, "2.0.0").await;
@@ -225,28 +235,23 @@ async fn a_repeated_notification_starts_nothing_and_a_foreign_job_is_left_alone(
     let ended = cloud.ended(&job, &things[..1]).await;
     assert_eq!(ended[&things[0]], Ended::new(Succeeded, "Upgraded"));
     // And once more, now that the execution has ended.
-    publish(&cloud, &format!("$aws/things/{}/jobs/notify-next", things[0]), &notification).await;
-    eventually("all notifications are handled", || async { queues_are_empty(&cloud).await.then_some(()) }).await;
+    notify(&cloud, "JobNotificationsQueue", &topic, &notification).await;
+    eventually("all notifications are handled", || async {
+        is_drained(&cloud, "JobNotificationsQueue").await.then_some(())
+    })
+    .await;
     assert_eq!(cloud.executions(&job).await.len(), 1);
     assert_eq!(cloud.executions(&foreign).await.len(), 0);
     assert_eq!(cloud.job_execution(&foreign, &things[1]).await.unwrap().0, JobExecutionStatus::Queued);
 }
 
-/// Whether no queue but the dead-letter queue holds a message.
-async fn queues_are_empty(cloud: &Cloud) -> bool {
+/// Whether everything in the queue has been handled.
+async fn is_drained(cloud: &Cloud, name: &str) -> bool {
     use aws_sdk_sqs::types::QueueAttributeName::{ApproximateNumberOfMessages, ApproximateNumberOfMessagesNotVisible};
-    let dead_letters = cloud.output("DeadLetterQueueUrl");
-    let urls = cloud.sqs.list_queues().send().await.expect("queues").queue_urls.unwrap_or_default();
-    for url in urls.iter().filter(|url| *url != dead_letters && url.contains("JobNotifications")) {
-        let get = cloud.sqs.get_queue_attributes().queue_url(url);
-        let get =
-            get.attribute_names(ApproximateNumberOfMessages).attribute_names(ApproximateNumberOfMessagesNotVisible);
-        let attributes = get.send().await.expect("attributes").attributes.unwrap_or_default();
-        if attributes.values().any(|count| count != "0") {
-            return false;
-        }
-    }
-    true
+    let get = cloud.sqs.get_queue_attributes().queue_url(queue(cloud, name).await);
+    let get = get.attribute_names(ApproximateNumberOfMessages).attribute_names(ApproximateNumberOfMessagesNotVisible);
+    let attributes = get.send().await.expect("attributes").attributes.unwrap_or_default();
+    attributes.values().all(|count| count == "0")
 }
 
 #[tokio::test]
@@ -306,10 +311,7 @@ async fn early_repeated_reordered_and_wrong_messages() {
         let ended = cloud.ended(&job, &names(&devices)).await;
         assert_eq!(ended[&device.thing], Ended::new(Succeeded, "Upgraded"));
         assert_eq!(ended[&other.thing], Ended::new(Failed, "TransferFailed"));
-        let encoded = {
-            use base64::Engine;
-            base64::prelude::BASE64_STANDARD.encode(&malformed)
-        };
+        let encoded = base64::prelude::BASE64_STANDARD.encode(&malformed);
         assert_eq!(cloud.dead_letter(&encoded).await, "MalformedMessage");
         // Late: the workflow has ended, and nothing that the device still says changes what is known of it.
         device.succeed(&operation, &reply_to, Step::DeviceRebooted, "0.0.1").await;
@@ -475,8 +477,7 @@ async fn an_execution_that_is_stopped_by_hand_ends_its_job_execution() {
     let described = cloud.step_functions.describe_execution().execution_arn(&execution).send().await.unwrap();
     cloud.step_functions.stop_execution().execution_arn(&execution).send().await.expect("stopped");
     // Gap of the local cloud: its Step Functions tells EventBridge nothing. What AWS would send goes into the queue.
-    let urls = cloud.sqs.list_queues().send().await.unwrap().queue_urls.unwrap_or_default();
-    let reports = urls.iter().find(|url| url.contains("WorkflowReportsQueue")).expect("the queue of reports");
+    let reports = queue(&cloud, "WorkflowReportsQueue").await;
     let event = json!({
         "source": "aws.states", "detail-type": "Step Functions Execution Status Change",
         "detail": {"executionArn": execution, "status": "ABORTED", "input": described.input, "error": null, "cause": null},

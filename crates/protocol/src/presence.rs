@@ -50,12 +50,12 @@ const RESTART_AFTER_MS: i64 = 30 * 60 * 1000;
 impl PresenceEvent {
     /// Whether this event tells something newer than what is known.
     pub fn supersedes(&self, known: &Presence) -> bool {
-        if self.session_identifier == known.session_identifier {
-            // A connection opens once and closes once.
-            return self.event_type == PresenceKind::Disconnected && known.connected;
-        }
         match self.version_number.cmp(&known.version_number) {
             std::cmp::Ordering::Greater => true,
+            // One connection opens once and closes once. (A persistent session keeps its identifier over connections.)
+            std::cmp::Ordering::Equal if self.session_identifier == known.session_identifier => {
+                self.event_type == PresenceKind::Disconnected && known.connected
+            }
             std::cmp::Ordering::Equal => self.timestamp > known.timestamp,
             std::cmp::Ordering::Less => self.timestamp - known.timestamp >= RESTART_AFTER_MS,
         }
@@ -97,6 +97,8 @@ mod tests {
             ("its connect after its disconnect", event(Connected, "b", 5, 1000), &gone, false),
             ("the same disconnect again", event(Disconnected, "b", 5, 2000), &gone, false),
             ("a newer connection", event(Connected, "c", 6, 3000), &gone, true),
+            ("a newer connection of the same session", event(Connected, "b", 6, 3000), &gone, true),
+            ("a disconnect whose connect was not told yet", event(Disconnected, "b", 6, 3000), &connected, true),
             ("the old one's disconnect after the new connect", event(Disconnected, "a", 4, 3000), &connected, false),
             ("an old connect", event(Connected, "a", 4, 900), &connected, false),
             ("another session of the same number", event(Connected, "c", 5, 1500), &connected, true),

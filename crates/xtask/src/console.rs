@@ -14,17 +14,23 @@ pub(crate) struct Step {
 impl Step {
     /// Announces the step. It counts as failed unless [`Step::done`] is called.
     pub(crate) fn start(title: impl Into<String>) -> Self {
-        let title = title.into();
         let spinner = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
         if spinner.is_hidden() {
-            eprintln!("{title}");
-        } else {
-            let style = ProgressStyle::with_template("{spinner} {msg} {elapsed:.dim}");
-            spinner.set_style(style.unwrap_or_else(|_| ProgressStyle::default_spinner()));
-            spinner.set_message(title.clone());
-            spinner.enable_steady_tick(Duration::from_millis(100));
+            return Self::plain(title);
         }
+        let title = title.into();
+        let style = ProgressStyle::with_template("{spinner} {msg} {elapsed:.dim}");
+        spinner.set_style(style.unwrap_or_else(|_| ProgressStyle::default_spinner()));
+        spinner.set_message(title.clone());
+        spinner.enable_steady_tick(Duration::from_millis(100));
         Self { title, started: Instant::now(), spinner }
+    }
+
+    /// Announces a step beside which something else moves in the terminal.
+    pub(crate) fn plain(title: impl Into<String>) -> Self {
+        let title = title.into();
+        eprintln!("{title}");
+        Self { title, started: Instant::now(), spinner: ProgressBar::hidden() }
     }
 
     /// Announces a step whose own output follows below its title.

@@ -190,7 +190,7 @@ impl Demo<'_> {
 
     fn run(&self, name: &str, command: &mut Command) -> Result<String> {
         let line = self.project.line(command);
-        let step = Step::start(format!("$ {line}"));
+        let step = Step::plain(format!("$ {line}"));
         let words: Vec<&str> = line.split(' ').take(3).collect();
         let output =
             self.project.processes.output(&format!("`{}`", words.join(" ")), command, &self.cloud.run.log(name))?;
@@ -336,10 +336,8 @@ impl Demo<'_> {
         let answer: Value = self.aws(&arguments)?;
         let details = &answer["execution"]["statusDetails"]["detailsMap"];
         let details: BTreeMap<String, String> = serde_json::from_value(details.clone()).unwrap_or_default();
-        Ok(match details.get("reason") {
-            Some(reason) => reason.clone(),
-            None => details.iter().map(|(name, value)| format!("{name}: {value}")).collect::<Vec<_>>().join(", "),
-        })
+        let parts = ["reason", "cause"].into_iter().filter_map(|name| details.get(name).map(String::as_str));
+        Ok(parts.filter(|part| !part.is_empty()).collect::<Vec<_>>().join(": "))
     }
 
     fn aws<T: for<'de> Deserialize<'de>>(&self, arguments: &[&str]) -> Result<T> {

@@ -46,7 +46,6 @@ pub(crate) fn deploy(project: &Project, cloud: &Cloud, parameters: &[(String, St
     deploy.arg("deploy").arg("--config-file").arg(project.root.join("samconfig.toml"));
     deploy.args(["--config-env", "local", "--template-file"]).arg(folder.join("template.yaml"));
     if !parameters.is_empty() {
-        // The option replaces the line of samconfig.toml, so that is repeated.
         deploy.arg("--parameter-overrides").args(LOCAL_PARAMETERS);
         deploy.args(parameters.iter().map(|(name, value)| format!("{name}={value}")));
     }

@@ -152,7 +152,8 @@ impl Connections {
         let request = match known {
             None => request.condition_expression("attribute_not_exists(sessionIdentifier)"),
             Some(known) => request
-                .condition_expression("sessionIdentifier = :knownSession AND connected = :knownConnected")
+                .condition_expression("versionNumber = :knownVersion AND sessionIdentifier = :knownSession AND connected = :knownConnected")
+                .expression_attribute_values(":knownVersion", AttributeValue::N(known.version_number.to_string()))
                 .expression_attribute_values(":knownSession", text(&known.session_identifier))
                 .expression_attribute_values(":knownConnected", AttributeValue::Bool(known.connected)),
         };
