@@ -177,7 +177,9 @@ fn state_machines_use_no_names_but_those_of_rust_and_aws() {
         let mut errors = Vec::new();
         all(&machine, "ErrorEquals", &mut errors);
         let mut names = Vec::new();
-        errors.iter().for_each(|value| texts(value, &mut names));
+        for value in errors {
+            texts(value, &mut names);
+        }
         for name in names {
             assert!(ours.contains(name) || of_aws(name), "{file}: no such error: {name}");
         }
@@ -261,7 +263,9 @@ fn roles_allow_named_actions_on_named_resources() {
     let mut actions = Vec::new();
     all(&template["Resources"], "Action", &mut actions);
     let mut names = Vec::new();
-    actions.iter().for_each(|action| texts(action, &mut names));
+    for action in actions {
+        texts(action, &mut names);
+    }
     for action in &names {
         // Of the bucket's policy: it denies.
         assert!(!action.contains('*') || *action == "s3:*", "{action}");

@@ -1,6 +1,7 @@
 //! The whole system: the deployed template, the real Lambda binaries, real MQTT over TLS, simulated devices.
 //!
 //! `cargo xtask test` runs them; they need its local cloud.
+#![allow(clippy::unwrap_used)]
 
 use aws_sdk_iot::types::JobExecutionStatus::{self, Failed, InProgress, Succeeded, TimedOut};
 use aws_sdk_sfn::types::{ExecutionStatus, HistoryEventType};

@@ -7,7 +7,7 @@ pub use cloud::{Cloud, Ended, Image, names, with_faults};
 pub use scripted_device::ScriptedDevice;
 
 /// How long a test waits for something that must happen before it says that it did not.
-pub const PATIENCE: std::time::Duration = std::time::Duration::from_secs(40);
+pub const PATIENCE: std::time::Duration = std::time::Duration::from_mins(5);
 
 /// Asks again and again until there is an answer; panics with `what` when [`PATIENCE`] is at its end.
 pub async fn eventually<T, F: Future<Output = Option<T>>>(what: &str, mut ask: impl FnMut() -> F) -> T {

@@ -28,7 +28,9 @@ impl Drop for ScriptedDevice {
 impl ScriptedDevice {
     /// Connects with the device's certificate and subscribes to its commands.
     pub async fn connect(device: &DeviceSpec) -> Self {
-        let read = |path: std::path::PathBuf| std::fs::read(&path).unwrap_or_else(|error| panic!("{path:?}: {error}"));
+        let read = |path: std::path::PathBuf| {
+            std::fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+        };
         let identity =
             (read(device.certificates.join("certificate.pem")), read(device.certificates.join("private.key")));
         let endpoint = std::env::var("FLEETFLOW_MQTT_ENDPOINT").expect("FLEETFLOW_MQTT_ENDPOINT");

@@ -1,4 +1,5 @@
 //! Traffic of devices in the field, recorded: all of it is read, and means what it meant there.
+#![allow(clippy::unwrap_used)]
 
 use protocol::job::NotifyNext;
 use protocol::{DeviceEvent, PresenceEvent, ProtocolName, Report, Response, StepOutcome, ThingName};

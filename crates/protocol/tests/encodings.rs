@@ -1,4 +1,5 @@
 //! Both encodings, in both directions, and against input that nobody should send.
+#![allow(clippy::unwrap_used)]
 
 use proptest::prelude::*;
 use protocol::{

@@ -51,7 +51,7 @@ pub enum CommandInput {
         /// The target version.
         firmware_version: String,
         /// The image.
-        artifact: Artifact,
+        artifact: Box<Artifact>,
         /// How long the image's address must be good: until the job's deadline, in seconds.
         url_lifetime_seconds: u64,
     },
@@ -66,7 +66,7 @@ pub async fn handle(adapters: &Adapters, input: Input) -> Result<(), Error> {
         CommandInput::CancelDownload => Command::CancelDownload { operation_id: input.operation_id },
         CommandInput::DownloadFirmware { wait, firmware_version, artifact, url_lifetime_seconds } => {
             let lifetime = Duration::from_secs(url_lifetime_seconds.min(LONGEST_LIFETIME_SECONDS));
-            let firmware = firmware(adapters, firmware_version, artifact, lifetime).await?;
+            let firmware = firmware(adapters, firmware_version, *artifact, lifetime).await?;
             let outcome = adapters.rendezvous.expect(&operation, Step::DownloadStarted, &wait).await?;
             if outcome != Outcome::Waiting {
                 tracing::info!(

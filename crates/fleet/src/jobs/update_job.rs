@@ -35,10 +35,8 @@ pub async fn handle(jobs: &aws_sdk_iotjobsdataplane::Client, body: &str) -> Resu
     let outcome = match request.send().await {
         Ok(_) => "APPLIED",
         Err(error) => match code(&error) {
-            // Final already: this is a repeat, or somebody cancelled it.
-            Some("InvalidStateTransitionException" | "TerminalStateException") => "LATE",
-            // The job or this execution of it was deleted.
-            Some("ResourceNotFoundException") => "LATE",
+            // Final already (this is a repeat, or somebody cancelled it), or deleted.
+            Some("InvalidStateTransitionException" | "TerminalStateException" | "ResourceNotFoundException") => "LATE",
             _ => return Err(aws("iot:UpdateJobExecution", &error)),
         },
     };
