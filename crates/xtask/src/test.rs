@@ -67,7 +67,7 @@ pub(crate) fn test(project: &Project, options: &TestOptions) -> Result<()> {
     let outcome = steps(project, options, &mut passed);
     passed.summary();
     outcome?;
-    eprintln!("All passed.");
+    println!("{} passed, 0 failed", passed.0.len());
     Ok(())
 }
 
@@ -78,7 +78,7 @@ fn steps(project: &Project, options: &TestOptions, passed: &mut Passed) -> Resul
         passed.command(project, "Lints", cargo(project, &clippy))?;
         definitions(project, passed)?;
     }
-    let mut unit = cargo(project, &["test", "--workspace"]);
+    let mut unit = cargo(project, &["test", "--workspace", "--tests"]);
     if let Some(filter) = &options.filter {
         unit.args(["--", filter]);
     }
@@ -120,8 +120,8 @@ fn end_to_end(project: &Project, filter: Option<&str>, passed: &mut Passed) -> R
         Ok(())
     })?;
     let Some(cloud) = cloud else { return Ok(()) };
-    // The whole workspace is named, so that features unify as in the step before and nothing compiles twice.
-    let mut tests = cargo(project, &["test", "--workspace", "--test", "end_to_end", "--", "--ignored"]);
+    // The same targets as in the step before: with others, features would unify otherwise and the SDK compile twice.
+    let mut tests = cargo(project, &["test", "--workspace", "--tests", "--", "--ignored"]);
     tests.args(filter).envs(cloud.environment()).env("FLEETFLOW_STEP_TIMEOUT_SECONDS", STEP_TIMEOUT_SECONDS);
     passed.command(project, "End-to-end tests", tests)?;
     passed.step("Stop the local cloud", || {

@@ -84,6 +84,8 @@ fn execution_name(parts: &[&str]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use aws_sdk_sfn::operation::start_execution::{StartExecutionError, StartExecutionOutput};
+    use aws_smithy_mocks::{mock, mock_client};
 
     #[test]
     fn names_are_deterministic_distinct_and_allowed() {
@@ -95,5 +97,56 @@ mod tests {
         let long = execution_name(&["j".repeat(64).as_str(), "t".repeat(128).as_str(), "12"]);
         assert_eq!(long.len(), 80);
         assert!(long.chars().all(|c| c.is_ascii_alphanumeric() || "-_".contains(c)));
+    }
+
+    fn message(document: &serde_json::Value) -> String {
+        use base64::{Engine, prelude::BASE64_STANDARD};
+        let execution = serde_json::json!({"jobId": "job-1", "executionNumber": 2, "jobDocument": document});
+        let payload = serde_json::json!({"timestamp": 1, "execution": execution}).to_string();
+        let topic = "$aws/things/gateway-1/jobs/notify-next";
+        serde_json::json!({"topic": topic, "payload": BASE64_STANDARD.encode(payload)}).to_string()
+    }
+
+    fn ours() -> serde_json::Value {
+        serde_json::json!({
+            "version": "1.0", "workflow": "firmware-upgrade", "firmwareVersion": "1.2.3", "upgradeTrigger": "manual",
+            "artifact": {}, "timeoutMinutes": 60, "requestDigest": "",
+        })
+    }
+
+    async fn outcome(code: Option<&'static str>, document: &serde_json::Value) -> (Result<(), Error>, usize) {
+        let start = mock!(aws_sdk_sfn::Client::start_execution).match_requests(|request| {
+            let input: UpgradeInput = serde_json::from_str(request.input().unwrap()).unwrap();
+            input.operation_id.as_str() == "job-1-2" && request.name().unwrap().starts_with("job-1-gateway-1-2-")
+        });
+        let start = match code {
+            None => start.then_output(|| {
+                let started = StartExecutionOutput::builder().execution_arn("arn:execution");
+                started.start_date(aws_sdk_sfn::primitives::DateTime::from_secs(0)).build().unwrap()
+            }),
+            Some(code) => start.then_error(move || {
+                StartExecutionError::generic(aws_sdk_sfn::error::ErrorMetadata::builder().code(code).build())
+            }),
+        };
+        let adapters = Adapters {
+            step_functions: mock_client!(aws_sdk_sfn, [&start]),
+            firmware_upgrade_arn: "arn:state-machine".into(),
+        };
+        (handle(&adapters, &message(document)).await, start.num_calls())
+    }
+
+    #[tokio::test]
+    async fn a_repeat_is_no_error_and_a_throttled_start_is_tried_again() {
+        assert_eq!(outcome(None, &ours()).await, (Ok(()), 1));
+        assert_eq!(outcome(Some("ExecutionAlreadyExists"), &ours()).await, (Ok(()), 1));
+        let (result, _) = outcome(Some("ThrottlingException"), &ours()).await;
+        assert!(result.unwrap_err().name.is_transient());
+    }
+
+    #[tokio::test]
+    async fn a_foreign_job_is_left_alone_and_a_broken_document_of_ours_is_told() {
+        assert_eq!(outcome(None, &serde_json::json!({"operation": "reboot"})).await, (Ok(()), 0));
+        let (result, starts) = outcome(None, &serde_json::json!({"workflow": "firmware-upgrade"})).await;
+        assert_eq!((result.unwrap_err().name, starts), (ErrorName::InvalidInput, 0));
     }
 }
