@@ -150,6 +150,11 @@ pub fn code<E: ProvideErrorMetadata, R>(error: &SdkError<E, R>) -> Option<&str> 
     error.as_service_error().and_then(ProvideErrorMetadata::code)
 }
 
+/// A value of ours that a library refuses to build or to write: a fault of this program.
+pub fn unbuilt(error: impl fmt::Display) -> Error {
+    Error::new(ErrorName::ServiceError, error.to_string())
+}
+
 /// Names the error of an AWS API call. `action` is the call, such as `iot:CreateJob`.
 pub fn aws<E, R>(action: &str, error: &SdkError<E, R>) -> Error
 where

@@ -1,6 +1,6 @@
 //! The account's IoT settings that this stack needs and CloudFormation has no resource for: a custom resource.
 
-use crate::error::aws;
+use crate::error::{aws, unbuilt};
 use crate::{Error, ErrorName};
 use aws_sdk_iot::types::{
     Configuration, EventType, ThingConnectivityIndexingMode, ThingGroupIndexingConfiguration, ThingGroupIndexingMode,
@@ -40,12 +40,17 @@ pub async fn handle(iot: &aws_sdk_iot::Client, input: Input) -> Result<(), Error
         "RequestId": input.request_id,
         "LogicalResourceId": input.logical_resource_id,
     });
-    // The address is signed for a request without a content type.
-    ureq::put(&input.response_url)
-        .header("content-type", "")
-        .send(answer.to_string())
-        .map_err(|error| Error::new(ErrorName::ServiceUnavailable, format!("CloudFormation's ResponseURL: {error}")))?;
+    answer_cloudformation(&input.response_url, &answer.to_string())?;
     result
+}
+
+fn answer_cloudformation(url: &str, answer: &str) -> Result<(), Error> {
+    // The address is signed for a request without a content type.
+    ureq::put(url)
+        .header("content-type", "")
+        .send(answer)
+        .map(|_| ())
+        .map_err(|error| Error::new(ErrorName::ServiceUnavailable, format!("CloudFormation's ResponseURL: {error}")))
 }
 
 async fn configure(iot: &aws_sdk_iot::Client) -> Result<(), Error> {
@@ -57,7 +62,6 @@ async fn configure(iot: &aws_sdk_iot::Client) -> Result<(), Error> {
         .map_err(|error| aws("iot:UpdateEventConfigurations", &error))?;
     let known = iot.get_indexing_configuration().send().await;
     let known = known.map_err(|error| aws("iot:GetIndexingConfiguration", &error))?;
-    let unbuilt = |error: aws_sdk_iot::error::BuildError| Error::new(ErrorName::ServiceError, error.to_string());
     // What others in the account have switched on stays on.
     let mut things = match known.thing_indexing_configuration {
         Some(known) if known.thing_indexing_mode != ThingIndexingMode::Off => known,
@@ -77,4 +81,25 @@ async fn configure(iot: &aws_sdk_iot::Client) -> Result<(), Error> {
         .await
         .map_err(|error| aws("iot:UpdateIndexingConfiguration", &error))?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The local cloud's address is plain HTTP; that of AWS is not, and without a TLS provider the client would panic.
+    #[test]
+    fn an_https_address_is_spoken_to_in_tls() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let server = std::thread::spawn(move || {
+            let mut first = [0];
+            std::io::Read::read_exact(&mut listener.accept().unwrap().0, &mut first).unwrap();
+            first[0]
+        });
+        let error = answer_cloudformation(&format!("https://127.0.0.1:{port}/"), "{}").unwrap_err();
+        assert_eq!(error.name, ErrorName::ServiceUnavailable);
+        // A handshake begins with a record of type 22 (RFC 8446, 5.1).
+        assert_eq!(server.join().unwrap(), 22);
+    }
 }
