@@ -1,6 +1,6 @@
 //! Messages as they come out of a queue, and where those go that nobody can read.
 
-use crate::error::aws;
+use crate::error::{aws, unbuilt};
 use crate::{Error, ErrorName};
 use aws_sdk_sqs::{Client, types::MessageAttributeValue};
 use base64::{Engine, prelude::BASE64_STANDARD};
@@ -62,13 +62,9 @@ impl DeadLetters {
             ("sourceQueueArn", source.unwrap_or("unknown").to_owned()),
         ] {
             let attribute = MessageAttributeValue::builder().data_type("String").string_value(value).build();
-            request = request.message_attributes(name, attribute.map_err(|error| malformed(&error))?);
+            request = request.message_attributes(name, attribute.map_err(unbuilt)?);
         }
         request.send().await.map_err(|error| aws("sqs:SendMessage", &error))?;
         Ok(())
     }
-}
-
-fn malformed(error: &impl std::fmt::Display) -> Error {
-    Error::new(ErrorName::ServiceError, error.to_string())
 }

@@ -2,7 +2,7 @@
 
 use crate::error::{aws, code};
 use crate::queue::MqttMessage;
-use crate::workflows::rendezvous::{Answer, Operation, Rendezvous, Wait};
+use crate::workflows::rendezvous::{Answer, Operation, Rendezvous, Wait, text};
 use crate::{Error, ErrorName};
 use aws_sdk_dynamodb::types::{AttributeValue, ReturnValue};
 use protocol::{OperationId, Presence, PresenceEvent, PresenceKind, Step, ThingName};
@@ -207,8 +207,4 @@ fn device(mut item: HashMap<String, AttributeValue>) -> Device {
         _ => Vec::new(),
     };
     Device { presence: serde_dynamo::from_item(item).ok(), awaited_by }
-}
-
-fn text(value: impl Into<String>) -> AttributeValue {
-    AttributeValue::S(value.into())
 }

@@ -1,6 +1,6 @@
 //! Makes an AWS IoT job out of a user's payload.
 
-use crate::error::{aws, code};
+use crate::error::{aws, code, unbuilt};
 use crate::{Error, ErrorName};
 use aws_sdk_iot::operation::describe_job_template::DescribeJobTemplateOutput;
 use aws_sdk_iot::types::{
@@ -153,7 +153,7 @@ async fn create(
     document: &JobDocument,
     template: DescribeJobTemplateOutput,
 ) -> Result<Output, Error> {
-    let text = serde_json::to_string(document).map_err(|error| unbuilt(&error))?;
+    let text = serde_json::to_string(document).map_err(unbuilt)?;
     let timeout = TimeoutConfig::builder().in_progress_timeout_in_minutes(i64::from(document.timeout_minutes)).build();
     let rollout = input.rollout.as_ref().map(rollout_config).transpose()?;
     let abort = input.abort.as_ref().map(abort_config).transpose()?;
@@ -215,7 +215,7 @@ async fn document(
     put("firmwareVersion", input.firmware_version.as_str().into());
     put("upgradeTrigger", input.upgrade_trigger.as_str().into());
     put("requestDigest", digest(input)?.into());
-    put("artifact", serde_json::to_value(artifact(adapters, input).await?).map_err(|error| unbuilt(&error))?);
+    put("artifact", serde_json::to_value(artifact(adapters, input).await?).map_err(unbuilt)?);
     if let Some(minutes) = input.timeout_minutes {
         put("timeoutMinutes", minutes.into());
     }
@@ -261,13 +261,13 @@ async fn artifact(adapters: &Adapters, input: &Input) -> Result<Artifact, Error>
 
 /// Tells one request from another; the job id is no part of it.
 fn digest(input: &Input) -> Result<String, Error> {
-    let canonical = serde_json::to_vec(input).map_err(|error| unbuilt(&error))?;
+    let canonical = serde_json::to_vec(input).map_err(unbuilt)?;
     Ok(Sha256::digest(canonical).iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
 fn generated_id() -> Result<JobId, Error> {
     let id = format!("FirmwareUpgrade-{}", uuid::Uuid::new_v4().simple());
-    id.parse().map_err(|error| unbuilt(&error))
+    id.parse().map_err(unbuilt)
 }
 
 fn rollout_config(rollout: &Rollout) -> Result<JobExecutionsRolloutConfig, Error> {
@@ -284,7 +284,7 @@ fn rollout_config(rollout: &Rollout) -> Result<JobExecutionsRolloutConfig, Error
     });
     Ok(JobExecutionsRolloutConfig::builder()
         .set_maximum_per_minute(rollout.maximum_per_minute)
-        .set_exponential_rate(rate.transpose().map_err(|error| unbuilt(&error))?)
+        .set_exponential_rate(rate.transpose().map_err(unbuilt)?)
         .build())
 }
 
@@ -295,12 +295,8 @@ fn abort_config(abort: &Abort) -> Result<AbortConfig, Error> {
         .threshold_percentage(abort.percentage)
         .min_number_of_executed_things(abort.minimum_executed)
         .build()
-        .map_err(|error| unbuilt(&error))?;
-    AbortConfig::builder().criteria_list(criteria).build().map_err(|error| unbuilt(&error))
-}
-
-fn unbuilt(error: &impl std::fmt::Display) -> Error {
-    Error::new(ErrorName::ServiceError, error.to_string())
+        .map_err(unbuilt)?;
+    AbortConfig::builder().criteria_list(criteria).build().map_err(unbuilt)
 }
 
 impl Input {

@@ -1,7 +1,7 @@
 //! What a device says: decoded, then brought to the step that it answers, or told to whoever listens.
 
 use super::rendezvous::{Answer, Operation, Rendezvous};
-use crate::error::aws;
+use crate::error::{aws, unbuilt};
 use crate::queue::MqttMessage;
 use crate::{Error, ErrorName};
 use protocol::events::{DeviceBooted, EventType};
@@ -80,8 +80,7 @@ async fn publish(adapters: &Adapters, thing: &ThingName, event: DeviceEvent) -> 
     };
     let booted =
         DeviceBooted { event_type: EventType::DeviceBooted, thing_name: thing.clone(), cause, firmware_version };
-    let message =
-        serde_json::to_string(&booted).map_err(|error| Error::new(ErrorName::ServiceError, error.to_string()))?;
+    let message = serde_json::to_string(&booted).map_err(unbuilt)?;
     let attribute = aws_sdk_sns::types::MessageAttributeValue::builder().data_type("String");
     let attribute = attribute.string_value("DEVICE_BOOTED").build();
     adapters
@@ -89,10 +88,7 @@ async fn publish(adapters: &Adapters, thing: &ThingName, event: DeviceEvent) -> 
         .publish()
         .topic_arn(&adapters.events_topic_arn)
         .message(message)
-        .message_attributes(
-            "eventType",
-            attribute.map_err(|error| Error::new(ErrorName::ServiceError, error.to_string()))?,
-        )
+        .message_attributes("eventType", attribute.map_err(unbuilt)?)
         .send()
         .await
         .map_err(|error| aws("sns:Publish", &error))?;

@@ -314,7 +314,8 @@ fn key(operation: &Operation, step: Step) -> HashMap<String, AttributeValue> {
     HashMap::from([("operation".to_owned(), text(operation.key())), ("step".to_owned(), text(step.name()))])
 }
 
-fn text(value: impl Into<String>) -> AttributeValue {
+/// A text as DynamoDB has it.
+pub(crate) fn text(value: impl Into<String>) -> AttributeValue {
     AttributeValue::S(value.into())
 }
 

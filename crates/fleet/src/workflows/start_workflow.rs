@@ -1,6 +1,6 @@
 //! A job has reached a device: starts the workflow that its document asks for, once.
 
-use crate::error::{aws, code};
+use crate::error::{aws, code, unbuilt};
 use crate::queue::MqttMessage;
 use crate::{Error, ErrorName};
 use protocol::job::{JobDocument, NextExecution, NotifyNext, UpgradeInput, WorkflowName};
@@ -45,8 +45,7 @@ async fn start(adapters: &Adapters, thing: &ThingName, execution: &NextExecution
         operation_id: OperationId::of_job_execution(job, execution.execution_number),
         document,
     };
-    let input =
-        serde_json::to_string(&input).map_err(|error| Error::new(ErrorName::ServiceError, error.to_string()))?;
+    let input = serde_json::to_string(&input).map_err(unbuilt)?;
     let name = execution_name(&[job.as_str(), thing.as_str(), &execution.execution_number.to_string()]);
     let request = adapters.step_functions.start_execution().state_machine_arn(state_machine).name(&name).input(input);
     let outcome = match request.send().await {
