@@ -2,6 +2,7 @@
 
 use crate::{Command, OperationId, ProtocolName, Report, Response, Step, ThingName};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 /// The largest MQTT payload that AWS IoT takes, in bytes
 /// (<https://docs.aws.amazon.com/general/latest/gr/iot-core.html>).
@@ -125,6 +126,35 @@ pub(crate) fn check_size(payload: &[u8]) -> Result<(), DecodeError> {
 /// The thing between a topic's prefix and suffix.
 pub(crate) fn thing_between(topic: &str, prefix: &str, suffix: &str) -> Option<ThingName> {
     topic.strip_prefix(prefix)?.strip_suffix(suffix)?.parse().ok()
+}
+
+/// Devices write an error as an object, a number or a text. A failure must not be lost for its spelling.
+#[derive(Serialize)]
+pub(crate) struct ErrorBody {
+    pub(crate) code: String,
+    pub(crate) message: String,
+}
+
+impl<'de> Deserialize<'de> for ErrorBody {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+        Ok(match Value::deserialize(deserializer)? {
+            Value::Object(fields) => Self {
+                code: fields.get("code").map(text).unwrap_or_default(),
+                message: fields.get("message").map(text).unwrap_or_default(),
+            },
+            other => Self { code: text(&other), message: String::new() },
+        })
+    }
+}
+
+impl std::fmt::Display for ErrorBody {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match (self.code.as_str(), self.message.as_str()) {
+            (only, "") | ("", only) => f.write_str(only),
+            (code, message) => write!(f, "{code}: {message}"),
+        }
+    }
 }
 
 /// A report that a step has failed.

@@ -78,6 +78,11 @@ id! {
     OperationId, "operation id", 128, "a-z A-Z 0-9 : _ . @ -", ":_.@-"
 }
 
+id! {
+    /// A setting of a device, such as `SET_TEMP`.
+    SettingName, "setting name", 40, "a-z A-Z 0-9 _", "_"
+}
+
 impl OperationId {
     /// The operation by which a job execution upgrades its device. A retried execution has a new number,
     /// and so never meets an answer to an earlier one.

@@ -1,12 +1,11 @@
 //! JSON devices: `devices/{thing}/firmware_req` and `devices/{thing}/firmware_resp`.
 
-use crate::device::{check_size, failed, thing_between};
+use crate::device::{ErrorBody, check_size, failed, thing_between};
 use crate::{
     Command, DecodeError, DeviceEvent, DeviceProtocol, Firmware, OperationId, Publication, Received, ReceivedCommand,
     ReplyTo, Report, Response, Step, StepOutcome, ThingName,
 };
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 
 /// The encoding of JSON devices.
 pub(crate) struct Json;
@@ -37,26 +36,6 @@ enum Status {
     Success,
     Fail,
     InProgress,
-}
-
-#[derive(Serialize)]
-struct ErrorBody {
-    code: String,
-    message: String,
-}
-
-/// Devices write an error as an object, a number or a text. A failure must not be lost for its spelling.
-impl<'de> Deserialize<'de> for ErrorBody {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let text = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
-        Ok(match Value::deserialize(deserializer)? {
-            Value::Object(fields) => Self {
-                code: fields.get("code").map(text).unwrap_or_default(),
-                message: fields.get("message").map(text).unwrap_or_default(),
-            },
-            other => Self { code: text(&other), message: String::new() },
-        })
-    }
 }
 
 /// `type` and `timestamp` may be missing: old devices do not send them.

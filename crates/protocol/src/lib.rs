@@ -11,13 +11,14 @@ pub mod job;
 mod json;
 mod operation;
 mod presence;
+pub mod settings;
 mod usp;
 
 pub use device::{
     Acknowledgement, DecodeError, DeviceProtocol, MAX_PAYLOAD_BYTES, Publication, Received, ReceivedCommand, ReplyTo,
     protocol_of_topic,
 };
-pub use ids::{InvalidId, JobId, OperationId, ThingName};
+pub use ids::{InvalidId, JobId, OperationId, SettingName, ThingName};
 pub use operation::{Command, DeviceEvent, DeviceFailure, Firmware, Report, Response, Step, StepOutcome};
 pub use presence::{Presence, PresenceEvent, PresenceKind};
 
