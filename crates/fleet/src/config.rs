@@ -7,3 +7,8 @@ pub fn required(name: &str) -> Result<String, String> {
         _ => Err(format!("the environment variable {name} is not set: see the function in template.yaml")),
     }
 }
+
+/// The variable's value; none if it is not set, or empty.
+pub fn optional(name: &str) -> Option<String> {
+    std::env::var(name).ok().filter(|value| !value.is_empty())
+}

@@ -35,6 +35,20 @@ pub enum ErrorName {
     VersionMismatch,
     /// No answer came within a step's deadline.
     DeviceTimedOut,
+    /// The thing has no attribute `externalId`, so nobody knows whose settings it shall have.
+    ExternalIdMissing,
+    /// The settings API knows no profile of that external id.
+    ProfileNotFound,
+    /// The settings API refused for good, such as for its key.
+    SettingsApiRefused,
+    /// The settings API did not answer, or not yet: try again later.
+    SettingsApiUnavailable,
+    /// The settings API's answer is not what `settings.schema.json` allows.
+    InvalidSettings,
+    /// The device did not take over at least one of its settings.
+    SettingFailed,
+    /// The device has come online anew, and that session's workflow brings it its settings.
+    SessionSuperseded,
     /// The job execution was cancelled, removed or rejected while its workflow ran.
     JobCanceled,
     /// The job's own timer ended the job execution while its workflow ran.
@@ -51,7 +65,7 @@ pub enum ErrorName {
 
 impl ErrorName {
     /// Every name.
-    pub const ALL: [Self; 19] = [
+    pub const ALL: [Self; 26] = [
         Self::InvalidInput,
         Self::MalformedMessage,
         Self::JobConflict,
@@ -65,6 +79,13 @@ impl ErrorName {
         Self::ActivationFailed,
         Self::VersionMismatch,
         Self::DeviceTimedOut,
+        Self::ExternalIdMissing,
+        Self::ProfileNotFound,
+        Self::SettingsApiRefused,
+        Self::SettingsApiUnavailable,
+        Self::InvalidSettings,
+        Self::SettingFailed,
+        Self::SessionSuperseded,
         Self::JobCanceled,
         Self::JobTimedOut,
         Self::WorkflowStopped,
@@ -89,6 +110,13 @@ impl ErrorName {
             Self::ActivationFailed => "ActivationFailed",
             Self::VersionMismatch => "VersionMismatch",
             Self::DeviceTimedOut => "DeviceTimedOut",
+            Self::ExternalIdMissing => "ExternalIdMissing",
+            Self::ProfileNotFound => "ProfileNotFound",
+            Self::SettingsApiRefused => "SettingsApiRefused",
+            Self::SettingsApiUnavailable => "SettingsApiUnavailable",
+            Self::InvalidSettings => "InvalidSettings",
+            Self::SettingFailed => "SettingFailed",
+            Self::SessionSuperseded => "SessionSuperseded",
             Self::JobCanceled => "JobCanceled",
             Self::JobTimedOut => "JobTimedOut",
             Self::WorkflowStopped => "WorkflowStopped",

@@ -11,6 +11,7 @@ pub mod error;
 pub mod jobs;
 pub mod lambda;
 pub mod queue;
+pub mod tasks;
 pub mod workflows;
 
 pub use error::{Error, ErrorName};

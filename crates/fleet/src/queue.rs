@@ -39,6 +39,26 @@ pub fn json<T: DeserializeOwned>(what: &str, bytes: &[u8]) -> Result<T, Error> {
     serde_json::from_slice(bytes).map_err(|error| Error::new(ErrorName::MalformedMessage, format!("{what}: {error}")))
 }
 
+/// A queue that messages are passed on to, as they are.
+#[derive(Debug, Clone)]
+pub struct Queue {
+    client: Client,
+    url: String,
+}
+
+impl Queue {
+    /// Sends to that queue.
+    pub fn new(config: &aws_config::SdkConfig, url: String) -> Self {
+        Self { client: Client::new(config), url }
+    }
+
+    /// Passes a message on.
+    pub async fn send(&self, body: &str) -> Result<(), Error> {
+        let sent = self.client.send_message().queue_url(&self.url).message_body(body).send().await;
+        sent.map(|_| ()).map_err(|error| aws("sqs:SendMessage", &error))
+    }
+}
+
 /// The dead-letter queue.
 #[derive(Debug, Clone)]
 pub struct DeadLetters {

@@ -61,6 +61,14 @@ impl PresenceEvent {
         }
     }
 
+    /// Whether this event is the one that is known last.
+    pub fn is(&self, known: &Presence) -> bool {
+        let presence = self.presence();
+        presence.connected == known.connected
+            && presence.session_identifier == known.session_identifier
+            && presence.version_number == known.version_number
+    }
+
     /// What is known once the event has been taken in.
     pub fn presence(&self) -> Presence {
         Presence {

@@ -1,13 +1,14 @@
 //! `HandleDeviceResponseFunction`
 
-use fleet::workflows::{handle_device_response, rendezvous::Rendezvous};
-use fleet::{aws, config, lambda, queue::DeadLetters};
+use fleet::devices::{handle_device_response, settings::SettingsTable};
+use fleet::{aws, config, lambda, queue::DeadLetters, workflows::rendezvous::Rendezvous};
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<(), lambda_runtime::Error> {
     let aws = aws::load().await;
     let adapters = &handle_device_response::Adapters {
         rendezvous: Rendezvous::new(&aws, config::required("RENDEZVOUS_TABLE")?),
+        settings: SettingsTable::from_environment(&aws)?,
         sns: aws_sdk_sns::Client::new(&aws),
         events_topic_arn: config::required("EVENTS_TOPIC_ARN")?,
         mqtt: aws_sdk_iotdataplane::Client::new(&aws),

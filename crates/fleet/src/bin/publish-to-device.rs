@@ -1,12 +1,14 @@
 //! `PublishToDeviceFunction`
 
-use fleet::{aws, config, devices::publish_to_device, lambda, workflows::rendezvous::Rendezvous};
+use fleet::devices::{publish_to_device, settings::SettingsTable};
+use fleet::{aws, config, lambda, workflows::rendezvous::Rendezvous};
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<(), lambda_runtime::Error> {
     let aws = aws::load().await;
     let adapters = &publish_to_device::Adapters {
         rendezvous: Rendezvous::new(&aws, config::required("RENDEZVOUS_TABLE")?),
+        settings: SettingsTable::from_environment(&aws)?,
         mqtt: aws_sdk_iotdataplane::Client::new(&aws),
         s3: aws_sdk_s3::Client::new(&aws),
         firmware_bucket: config::required("FIRMWARE_BUCKET")?,

@@ -8,6 +8,7 @@ async fn main() -> Result<(), lambda_runtime::Error> {
     let adapters = &start_workflow::Adapters {
         step_functions: aws_sdk_sfn::Client::new(&aws),
         firmware_upgrade_arn: config::required("FIRMWARE_UPGRADE_ARN")?,
+        config_push_arn: config::required("CONFIG_PUSH_ARN")?,
     };
     let dead_letters = DeadLetters::from_environment(&aws)?;
     lambda::run_queue(&dead_letters, move |body| async move { start_workflow::handle(adapters, &body).await }).await

@@ -1,5 +1,9 @@
-//! How to talk to devices: commands, presence, the account's IoT settings.
+//! How to talk to devices: commands, what they say, presence, settings, the account's IoT settings.
 
 pub mod configure_iot;
+pub mod get_device_settings;
+pub mod handle_device_response;
 pub mod presence;
 pub mod publish_to_device;
+pub mod settings;
+mod settings_api;

@@ -1,7 +1,7 @@
 //! Which devices have a connection, and the workflows that wait for one.
 
 use crate::error::{aws, code};
-use crate::queue::MqttMessage;
+use crate::queue::{MqttMessage, Queue};
 use crate::workflows::rendezvous::{Answer, Operation, Rendezvous, Wait, text};
 use crate::{Error, ErrorName};
 use aws_sdk_dynamodb::types::{AttributeValue, ReturnValue};
@@ -16,6 +16,8 @@ pub struct Adapters {
     pub connections: Connections,
     /// Where waiting workflows are.
     pub rendezvous: Rendezvous,
+    /// Where new sessions are told of; none if nobody wants to know.
+    pub sessions: Option<Queue>,
 }
 
 impl Adapters {
@@ -24,6 +26,7 @@ impl Adapters {
         Ok(Self {
             connections: Connections::new(config, crate::config::required("CONNECTIONS_TABLE")?),
             rendezvous: Rendezvous::new(config, crate::config::required("RENDEZVOUS_TABLE")?),
+            sessions: crate::config::optional("SESSIONS_QUEUE_URL").map(|url| Queue::new(config, url)),
         })
     }
 }
@@ -56,7 +59,7 @@ pub async fn await_device(adapters: &Adapters, input: AwaitInput) -> Result<(), 
     if online { wake(adapters, &operation).await } else { Ok(()) }
 }
 
-/// Handles one queued lifecycle event.
+/// Handles one queued lifecycle event: records it, wakes whoever waits for the device, and passes a new session on.
 pub async fn track(adapters: &Adapters, body: &str) -> Result<(), Error> {
     let event: PresenceEvent = MqttMessage::parse(body)?.json()?;
     // Clients that are no things (a person's test client) may have any id.
@@ -66,14 +69,18 @@ pub async fn track(adapters: &Adapters, body: &str) -> Result<(), Error> {
     };
     let (device, outcome) = adapters.connections.record(&thing, &event).await?;
     tracing::info!(thing = thing.as_str(), event = ?event.event_type, session = event.session_identifier, outcome);
-    // Also when the event was known already: an earlier try may have died before it could wake anyone.
-    let online = device.presence.is_some_and(|presence| presence.connected);
-    if online && event.event_type == PresenceKind::Connected {
-        for id in device.awaited_by {
-            wake(adapters, &Operation { thing: thing.clone(), id }).await?;
-        }
+    // What follows is done for a known event too: an earlier try may have died before it came so far. A connection that
+    // is not the last one any more, or has closed already, is of no interest to anybody.
+    if event.event_type != PresenceKind::Connected || !device.presence.is_some_and(|known| event.is(&known)) {
+        return Ok(());
     }
-    Ok(())
+    for id in device.awaited_by {
+        wake(adapters, &Operation { thing: thing.clone(), id }).await?;
+    }
+    match &adapters.sessions {
+        Some(queue) => queue.send(body).await,
+        None => Ok(()),
+    }
 }
 
 async fn wake(adapters: &Adapters, operation: &Operation) -> Result<(), Error> {

@@ -1,12 +1,16 @@
 //! Sends a command to a device. The token of the state that waits for the answer is stored first.
 
+use super::settings::{Push, SettingsTable};
 use crate::error::aws;
-use crate::workflows::rendezvous::{Operation, Outcome, Rendezvous, Wait};
+use crate::tasks::Outcome;
+use crate::workflows::rendezvous::{Operation, Rendezvous, Wait};
 use crate::{Error, ErrorName};
 use aws_sdk_iotdataplane::primitives::Blob;
 use aws_sdk_s3::presigning::PresigningConfig;
+use futures_util::future::try_join_all;
 use protocol::job::Artifact;
-use protocol::{Command, Firmware, OperationId, ProtocolName, Step, ThingName};
+use protocol::settings::{SettingCommand, Settings, operation_of};
+use protocol::{Command, Firmware, OperationId, ProtocolName, Publication, Step, ThingName};
 use serde::Deserialize;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -18,6 +22,8 @@ const LONGEST_LIFETIME_SECONDS: u64 = 7 * 24 * 3600;
 pub struct Adapters {
     /// Where the token waits for the answer.
     pub rendezvous: Rendezvous,
+    /// Where a push of settings waits for its answers.
+    pub settings: SettingsTable,
     /// Carries the command.
     pub mqtt: aws_sdk_iotdataplane::Client,
     /// Signs the image's address.
@@ -34,8 +40,6 @@ pub struct Input {
     pub thing_name: ThingName,
     /// The operation.
     pub operation_id: OperationId,
-    /// How the device wants to be talked to.
-    pub protocol: ProtocolName,
     /// What it shall do.
     pub command: CommandInput,
 }
@@ -46,6 +50,8 @@ pub struct Input {
 pub enum CommandInput {
     /// Download, install and boot an image; a state waits for the acknowledgement.
     DownloadFirmware {
+        /// How the device wants to be talked to.
+        protocol: ProtocolName,
         /// How the state waits.
         wait: Wait,
         /// The target version.
@@ -56,34 +62,77 @@ pub enum CommandInput {
         url_lifetime_seconds: u64,
     },
     /// Give the download up; nobody waits.
-    CancelDownload,
+    CancelDownload {
+        /// How the device wants to be talked to.
+        protocol: ProtocolName,
+    },
+    /// Take settings over; a state waits until each is confirmed. Every device speaks JSON here.
+    ApplySettings {
+        /// How the state waits.
+        wait: Wait,
+        /// When the session began, in Unix milliseconds.
+        connected_at: i64,
+        /// The settings, at least one.
+        settings: Settings,
+    },
 }
 
 /// Publishes the command, unless its answer is there already.
 pub async fn handle(adapters: &Adapters, input: Input) -> Result<(), Error> {
     let operation = Operation::new(&input.thing_name, &input.operation_id);
-    let command = match input.command {
-        CommandInput::CancelDownload => Command::CancelDownload { operation_id: input.operation_id },
-        CommandInput::DownloadFirmware { wait, firmware_version, artifact, url_lifetime_seconds } => {
+    let operation_id = input.operation_id;
+    match input.command {
+        CommandInput::CancelDownload { protocol } => {
+            send(adapters, &operation, protocol, &Command::CancelDownload { operation_id }).await
+        }
+        CommandInput::DownloadFirmware { protocol, wait, firmware_version, artifact, url_lifetime_seconds } => {
             let lifetime = Duration::from_secs(url_lifetime_seconds.min(LONGEST_LIFETIME_SECONDS));
             let firmware = firmware(adapters, firmware_version, *artifact, lifetime).await?;
             let outcome = adapters.rendezvous.expect(&operation, Step::DownloadStarted, &wait).await?;
             if outcome != Outcome::Waiting {
-                tracing::info!(
-                    operation = operation.key(),
-                    ?outcome,
-                    "not sent: the answer is there, or a later attempt is"
-                );
+                let reason = "not sent: the answer is there, or a later attempt is";
+                tracing::info!(operation = operation.key(), ?outcome, reason);
                 return Ok(());
             }
-            Command::Download { operation_id: input.operation_id, firmware }
+            send(adapters, &operation, protocol, &Command::Download { operation_id, firmware }).await
         }
-    };
-    let publication = input.protocol.encoding().encode_command(&input.thing_name, &command, now_millis());
+        CommandInput::ApplySettings { wait, connected_at, settings } => {
+            if settings.is_empty() {
+                return Err(Error::invalid("settings", "none", "at least one"));
+            }
+            apply_settings(adapters, &input.thing_name, &Push::new(operation_id, connected_at, wait, settings)).await
+        }
+    }
+}
+
+async fn send(
+    adapters: &Adapters,
+    operation: &Operation,
+    protocol: ProtocolName,
+    command: &Command,
+) -> Result<(), Error> {
+    let publication = protocol.encoding().encode_command(&operation.thing, command, now_millis());
+    publish(adapters, publication).await
+}
+
+/// Sends each setting that has no answer yet as an operation of its own.
+async fn apply_settings(adapters: &Adapters, thing: &ThingName, push: &Push) -> Result<(), Error> {
+    let unanswered = adapters.settings.begin(thing, push).await?;
+    let commands = unanswered.into_iter().map(|(name, value)| {
+        let operation_id = operation_of(&push.operation_id, &name)
+            .map_err(|error| Error::new(ErrorName::InvalidInput, format!("operationId: {error}")))?;
+        Ok(SettingCommand { operation_id, name, value }.encode(thing, now_millis()))
+    });
+    let commands = commands.collect::<Result<Vec<_>, Error>>()?;
+    try_join_all(commands.into_iter().map(|publication| publish(adapters, publication))).await?;
+    Ok(())
+}
+
+async fn publish(adapters: &Adapters, publication: Publication) -> Result<(), Error> {
     let topic = publication.topic.clone();
     let publish = adapters.mqtt.publish().topic(publication.topic).qos(1).payload(Blob::new(publication.payload));
     publish.send().await.map_err(|error| aws("iot:Publish", &error))?;
-    tracing::info!(operation = operation.key(), topic, "published");
+    tracing::info!(topic, "published");
     Ok(())
 }
 

@@ -1,6 +1,5 @@
 //! In what order and how far: executions of the state machines, and where their waits meet devices' answers.
 
-pub mod handle_device_response;
 pub mod rendezvous;
 pub mod start_workflow;
 pub mod stop_workflow;

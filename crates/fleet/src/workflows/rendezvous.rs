@@ -6,6 +6,7 @@
 //! crash between the write and the completion is mended by the repeat of either side.
 
 use crate::error::{aws, code};
+use crate::tasks::{Outcome, Tasks};
 use crate::{Error, ErrorName};
 use aws_sdk_dynamodb::types::{AttributeValue, ReturnValue};
 use protocol::{OperationId, Step, ThingName};
@@ -15,8 +16,6 @@ use std::collections::HashMap;
 /// Items go two weeks after they were last written: longer than the longest job (seven days, the limit of AWS IoT
 /// Jobs' own timer) can wait for them.
 const KEEP_SECONDS: i64 = 14 * 24 * 3600;
-/// Limits of `SendTaskFailure` (<https://docs.aws.amazon.com/step-functions/latest/apireference/API_SendTaskFailure.html>).
-const MAX_CAUSE_CHARACTERS: usize = 32_768;
 
 /// An operation of a thing: what all its steps' keys begin with.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -130,36 +129,18 @@ impl Meeting {
     }
 }
 
-/// What became of a token or an answer. Every message has exactly one.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "SCREAMING_SNAKE_CASE")]
-pub enum Outcome {
-    /// Kept until the other half comes.
-    Waiting,
-    /// The task was completed.
-    Applied,
-    /// The same has been said before: no effect.
-    Duplicate,
-    /// Nobody waits any more: no effect.
-    Late,
-}
-
 /// The table of meetings and the tasks that they complete.
 #[derive(Debug, Clone)]
 pub struct Rendezvous {
     table: String,
     dynamodb: aws_sdk_dynamodb::Client,
-    step_functions: aws_sdk_sfn::Client,
+    tasks: Tasks,
 }
 
 impl Rendezvous {
     /// Meets in that table.
     pub fn new(config: &aws_config::SdkConfig, table: String) -> Self {
-        Self {
-            table,
-            dynamodb: aws_sdk_dynamodb::Client::new(config),
-            step_functions: aws_sdk_sfn::Client::new(config),
-        }
+        Self { table, dynamodb: aws_sdk_dynamodb::Client::new(config), tasks: Tasks::new(config) }
     }
 
     /// A state waits for the step. If the answer is there already, the task ends at once.
@@ -238,11 +219,7 @@ impl Rendezvous {
         };
         // A report of progress keeps nothing alive that nobody has begun to wait for, and is no half of a meeting.
         let Some(token) = meeting.task_token else { return Ok(Outcome::Late) };
-        match self.step_functions.send_task_heartbeat().task_token(token).send().await {
-            Ok(_) => Ok(Outcome::Applied),
-            Err(error) if is_late(code(&error)) => Ok(Outcome::Late),
-            Err(error) => Err(aws("states:SendTaskHeartbeat", &error)),
-        }
+        self.tasks.prolong(&token).await
     }
 
     /// Writes the item and returns it whole; `None` if the condition refuses.
@@ -278,36 +255,14 @@ impl Rendezvous {
     /// Completes the waiting task if both halves are there; `None` if one is missing.
     async fn complete(&self, operation: &Operation, step: Step, meeting: &Meeting) -> Result<Option<Outcome>, Error> {
         let Some((token, result)) = meeting.completion() else { return Ok(None) };
-        let late_or = |code: Option<&str>, error: Error| {
-            if is_late(code) { Ok(Some(Outcome::Late)) } else { Err(error) }
-        };
-        match result {
-            Ok(firmware_version) => {
-                let output = serde_json::json!({
-                    "thingName": operation.thing, "operationId": operation.id, "step": step,
-                    "firmwareVersion": firmware_version,
-                });
-                let sent = self.step_functions.send_task_success().task_token(token).output(output.to_string());
-                match sent.send().await {
-                    Ok(_) => Ok(Some(Outcome::Applied)),
-                    Err(error) => late_or(code(&error), aws("states:SendTaskSuccess", &error)),
-                }
-            }
-            Err(failure) => {
-                let cause: String = failure.message.chars().take(MAX_CAUSE_CHARACTERS).collect();
-                let sent = self.step_functions.send_task_failure().task_token(token).error(failure.name.as_str());
-                match sent.cause(cause).send().await {
-                    Ok(_) => Ok(Some(Outcome::Applied)),
-                    Err(error) => late_or(code(&error), aws("states:SendTaskFailure", &error)),
-                }
-            }
-        }
+        let output = result.map(|firmware_version| {
+            serde_json::json!({
+                "thingName": operation.thing, "operationId": operation.id, "step": step,
+                "firmwareVersion": firmware_version,
+            })
+        });
+        self.tasks.complete(token, output).await.map(Some)
     }
-}
-
-/// Step Functions' ways to say that the task has ended or never was.
-fn is_late(code: Option<&str>) -> bool {
-    matches!(code, Some("TaskTimedOut" | "TaskDoesNotExist" | "InvalidToken"))
 }
 
 fn key(operation: &Operation, step: Step) -> HashMap<String, AttributeValue> {
@@ -323,7 +278,8 @@ fn broken_item(error: &serde_dynamo::Error) -> Error {
     Error::new(ErrorName::ServiceError, format!("an item of the rendezvous table: {error}"))
 }
 
-fn now_seconds() -> i64 {
+/// Now, in Unix seconds.
+pub(crate) fn now_seconds() -> i64 {
     let since_epoch = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     since_epoch.map_or(0, |elapsed| i64::try_from(elapsed.as_secs()).unwrap_or(i64::MAX))
 }

@@ -1,10 +1,11 @@
-//! A job has reached a device: starts the workflow that its document asks for, once.
+//! A job has reached a device, or a device has come online: starts the workflow that is due, once.
 
 use crate::error::{aws, code, unbuilt};
 use crate::queue::MqttMessage;
 use crate::{Error, ErrorName};
 use protocol::job::{JobDocument, NextExecution, NotifyNext, UpgradeInput, WorkflowName};
-use protocol::{OperationId, ThingName};
+use protocol::settings::ConfigPushInput;
+use protocol::{InvalidId, OperationId, PresenceEvent, ThingName};
 use sha2::{Digest, Sha256};
 
 /// What the handler reaches.
@@ -14,47 +15,73 @@ pub struct Adapters {
     pub step_functions: aws_sdk_sfn::Client,
     /// The state machine behind [`WorkflowName::FirmwareUpgrade`].
     pub firmware_upgrade_arn: String,
+    /// The state machine that brings settings to devices.
+    pub config_push_arn: String,
 }
 
-/// Handles one queued `notify-next`. A repeat starts nothing; a job that is not ours is left alone.
+/// An execution to start, once.
+struct Start<'a> {
+    state_machine: &'a str,
+    /// What makes it this one and no other.
+    key: [String; 3],
+    input: Result<String, serde_json::Error>,
+}
+
+/// Handles one queued message of the broker: a job that has reached its device, or a device that has come online. A
+/// repeat starts nothing; a job that is not ours is left alone.
 pub async fn handle(adapters: &Adapters, body: &str) -> Result<(), Error> {
     let message = MqttMessage::parse(body)?;
-    let thing = thing_of_topic(&message.topic)?;
-    let Some(execution) = message.json::<NotifyNext>()?.execution else {
-        tracing::info!(thing = thing.as_str(), outcome = "IGNORED", "nothing is pending");
-        return Ok(());
+    let start = if message.topic.starts_with("$aws/events/presence/") {
+        of_session(adapters, &message.json()?)?
+    } else {
+        let thing = thing_of_topic(&message.topic)?;
+        let Some(start) = of_job(adapters, thing, message.json()?)? else { return Ok(()) };
+        start
     };
-    if execution.job_document.get("workflow").is_none() {
-        tracing::info!(thing = thing.as_str(), job = execution.job_id.as_str(), outcome = "IGNORED", "foreign job");
-        return Ok(());
-    }
-    start(adapters, &thing, &execution).await
-}
-
-async fn start(adapters: &Adapters, thing: &ThingName, execution: &NextExecution) -> Result<(), Error> {
-    let document: JobDocument = serde_json::from_value(execution.job_document.clone())
-        .map_err(|error| Error::new(ErrorName::InvalidInput, format!("jobDocument: {error}")))?;
-    let state_machine = match document.workflow {
-        WorkflowName::FirmwareUpgrade => &adapters.firmware_upgrade_arn,
-    };
-    let job = &execution.job_id;
-    let input = UpgradeInput {
-        thing_name: thing.clone(),
-        job_id: job.clone(),
-        execution_number: execution.execution_number,
-        operation_id: OperationId::of_job_execution(job, execution.execution_number),
-        document,
-    };
-    let input = serde_json::to_string(&input).map_err(unbuilt)?;
-    let name = execution_name(&[job.as_str(), thing.as_str(), &execution.execution_number.to_string()]);
-    let request = adapters.step_functions.start_execution().state_machine_arn(state_machine).name(&name).input(input);
-    let outcome = match request.send().await {
+    let name = execution_name(&start.key);
+    let input = start.input.map_err(unbuilt)?;
+    let request = adapters.step_functions.start_execution().state_machine_arn(start.state_machine);
+    let outcome = match request.name(&name).input(input).send().await {
         Ok(_) => "APPLIED",
         Err(error) if code(&error) == Some("ExecutionAlreadyExists") => "DUPLICATE",
         Err(error) => return Err(aws("states:StartExecution", &error)),
     };
-    tracing::info!(thing = thing.as_str(), job = job.as_str(), execution = name, outcome);
+    tracing::info!(execution = name, state_machine = start.state_machine, outcome);
     Ok(())
+}
+
+/// The workflow of a job execution, by the job's document.
+fn of_job(adapters: &Adapters, thing: ThingName, next: NotifyNext) -> Result<Option<Start<'_>>, Error> {
+    let Some(execution) = next.execution else {
+        tracing::info!(thing = thing.as_str(), outcome = "IGNORED", "nothing is pending");
+        return Ok(None);
+    };
+    let NextExecution { job_id, execution_number, job_document } = execution;
+    if job_document.get("workflow").is_none() {
+        tracing::info!(thing = thing.as_str(), job = job_id.as_str(), outcome = "IGNORED", "foreign job");
+        return Ok(None);
+    }
+    let document: JobDocument = serde_json::from_value(job_document)
+        .map_err(|error| Error::new(ErrorName::InvalidInput, format!("jobDocument: {error}")))?;
+    let state_machine = match document.workflow {
+        WorkflowName::FirmwareUpgrade => &adapters.firmware_upgrade_arn,
+    };
+    let operation_id = OperationId::of_job_execution(&job_id, execution_number);
+    let key = [job_id.to_string(), thing.to_string(), execution_number.to_string()];
+    let input = UpgradeInput { thing_name: thing, job_id, execution_number, operation_id, document };
+    Ok(Some(Start { state_machine, key, input: serde_json::to_string(&input) }))
+}
+
+/// The configuration push of a session. The connection's number belongs to its key: a persistent session keeps its
+/// identifier over connections.
+fn of_session<'a>(adapters: &'a Adapters, event: &PresenceEvent) -> Result<Start<'a>, Error> {
+    let thing_name: ThingName = event
+        .client_id
+        .parse()
+        .map_err(|error: InvalidId| Error::new(ErrorName::MalformedMessage, format!("clientId: {error}")))?;
+    let key = [thing_name.to_string(), event.session_identifier.clone(), event.version_number.to_string()];
+    let input = ConfigPushInput { thing_name, connected_at: event.timestamp };
+    Ok(Start { state_machine: &adapters.config_push_arn, key, input: serde_json::to_string(&input) })
 }
 
 fn thing_of_topic(topic: &str) -> Result<ThingName, Error> {
@@ -62,21 +89,22 @@ fn thing_of_topic(topic: &str) -> Result<ThingName, Error> {
         .strip_prefix("$aws/things/")
         .and_then(|rest| rest.strip_suffix("/jobs/notify-next"))
         .and_then(|thing| thing.parse().ok())
-        .ok_or_else(|| Error::invalid("topic", topic, "$aws/things/{thing}/jobs/notify-next"))
+        .ok_or_else(|| Error::invalid("topic", topic, "$aws/things/{thing}/jobs/notify-next, or presence"))
 }
 
 /// The same parts always make the same name, other parts another one: Step Functions then refuses a second start.
 /// At most 80 characters of the set that it allows
 /// (<https://docs.aws.amazon.com/step-functions/latest/apireference/API_StartExecution.html>). The parts are there
 /// to be read; the hash tells `a-b` + `c` from `a` + `b-c`.
-fn execution_name(parts: &[&str]) -> String {
+fn execution_name(parts: &[String; 3]) -> String {
     let mut hash = Sha256::new();
     for part in parts {
         hash.update(part.len().to_be_bytes());
         hash.update(part);
     }
     let digest: String = hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect();
-    let readable: String = parts.join("-").replace(':', "_").chars().take(63).collect();
+    let plain = |c: char| if c.is_ascii_alphanumeric() || c == '-' { c } else { '_' };
+    let readable: String = parts.join("-").chars().map(plain).take(63).collect();
     format!("{readable}-{digest}")
 }
 
@@ -88,12 +116,14 @@ mod tests {
 
     #[test]
     fn names_are_deterministic_distinct_and_allowed() {
-        let name = execution_name(&["job-1", "gateway:7", "1"]);
-        assert_eq!(name, execution_name(&["job-1", "gateway:7", "1"]));
+        let name_of = |parts: [&str; 3]| execution_name(&parts.map(str::to_owned));
+        let name = name_of(["job-1", "gateway:7", "1"]);
+        assert_eq!(name, name_of(["job-1", "gateway:7", "1"]));
         assert!(name.starts_with("job-1-gateway_7-1-"), "{name}");
-        assert_ne!(execution_name(&["a-b", "c", "1"]), execution_name(&["a", "b-c", "1"]));
-        assert_ne!(execution_name(&["a", "b:c", "1"]), execution_name(&["a", "b_c", "1"]));
-        let long = execution_name(&["j".repeat(64).as_str(), "t".repeat(128).as_str(), "12"]);
+        assert_ne!(name_of(["a-b", "c", "1"]), name_of(["a", "b-c", "1"]));
+        assert_ne!(name_of(["a", "b:c", "1"]), name_of(["a", "b_c", "1"]));
+        assert!(name_of(["gateway", "sessión/5", "0"]).starts_with("gateway-sessi_n_5-0-"));
+        let long = name_of([&"j".repeat(64), &"t".repeat(128), "12"]);
         assert_eq!(long.len(), 80);
         assert!(long.chars().all(|c| c.is_ascii_alphanumeric() || "-_".contains(c)));
     }
@@ -130,6 +160,7 @@ mod tests {
         let adapters = Adapters {
             step_functions: mock_client!(aws_sdk_sfn, [&start]),
             firmware_upgrade_arn: "arn:state-machine".into(),
+            config_push_arn: "arn:config-push".into(),
         };
         (handle(&adapters, &message(document)).await, start.num_calls())
     }

@@ -1,10 +1,12 @@
 //! What a device says: decoded, then brought to the step that it answers, or told to whoever listens.
 
-use super::rendezvous::{Answer, Operation, Rendezvous};
+use super::settings::SettingsTable;
 use crate::error::{aws, unbuilt};
 use crate::queue::MqttMessage;
+use crate::workflows::rendezvous::{Answer, Operation, Rendezvous};
 use crate::{Error, ErrorName};
 use protocol::events::{DeviceBooted, EventType};
+use protocol::settings::{SettingResponse, thing_of_response};
 use protocol::{
     Acknowledgement, DeviceEvent, DeviceFailure, Report, Response, Step, StepOutcome, ThingName, protocol_of_topic,
 };
@@ -14,6 +16,8 @@ use protocol::{
 pub struct Adapters {
     /// Where answers go.
     pub rendezvous: Rendezvous,
+    /// Where answers about settings go.
+    pub settings: SettingsTable,
     /// Where unasked reports go.
     pub sns: aws_sdk_sns::Client,
     /// The topic of domain events.
@@ -25,6 +29,9 @@ pub struct Adapters {
 /// Handles one queued message. Fails with `MalformedMessage` if it cannot be read.
 pub async fn handle(adapters: &Adapters, body: &str) -> Result<(), Error> {
     let message = MqttMessage::parse(body)?;
+    if let Some(thing) = thing_of_response(&message.topic) {
+        return apply_setting(adapters, &thing, &SettingResponse::decode(&message.payload()?)?).await;
+    }
     let (protocol, thing) = protocol_of_topic(&message.topic)?;
     let received = protocol.encoding().decode_report(&thing, &message.payload()?)?;
     match received.report {
@@ -35,6 +42,13 @@ pub async fn handle(adapters: &Adapters, body: &str) -> Result<(), Error> {
         Some(acknowledgement) => acknowledge(adapters, acknowledgement).await,
         None => Ok(()),
     }
+}
+
+async fn apply_setting(adapters: &Adapters, thing: &ThingName, response: &SettingResponse) -> Result<(), Error> {
+    let outcome = adapters.settings.answer(thing, response).await?;
+    let (operation, setting) = (response.operation_id.as_str(), response.name.as_str());
+    tracing::info!(thing = thing.as_str(), operation, setting, answer = ?response.outcome, ?outcome);
+    Ok(())
 }
 
 async fn apply(adapters: &Adapters, thing: &ThingName, response: Response) -> Result<(), Error> {

@@ -1,0 +1,193 @@
+//! What a device's user wants it to have, and what of that the device has not confirmed yet.
+
+use super::settings::SettingsTable;
+use super::settings_api::SettingsApi;
+use crate::{Error, ErrorName};
+use jsonschema::Validator;
+use protocol::ThingName;
+use protocol::settings::{SettingValue, Settings};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+/// The settings that there are, with their limits.
+const SCHEMA: &str = include_str!("../../settings.schema.json");
+
+/// What the handler reaches.
+#[derive(Debug)]
+pub struct Adapters {
+    table: SettingsTable,
+    /// None: the simulated profile.
+    api: Option<SettingsApi>,
+    schema: Schema,
+}
+
+impl Adapters {
+    /// The table and the API that the function's environment names.
+    pub fn from_environment(config: &aws_config::SdkConfig) -> Result<Self, String> {
+        let secret = crate::config::optional("SETTINGS_API_KEY_SECRET_ARN");
+        let api = crate::config::optional("SETTINGS_API_URL").map(|url| SettingsApi::new(config, url, secret));
+        Ok(Self { table: SettingsTable::from_environment(config)?, api: api.transpose()?, schema: Schema::new()? })
+    }
+}
+
+/// What a state machine asks for.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Input {
+    /// The device.
+    pub thing_name: ThingName,
+    /// The user's profile: the thing's attribute `externalId`, empty if it has none.
+    pub external_id: String,
+}
+
+/// Where settings come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "SCREAMING_SNAKE_CASE")]
+pub enum Source {
+    /// The settings API.
+    Api,
+    /// The simulated profile: no API is configured.
+    Simulated,
+}
+
+/// What a state machine is told.
+#[derive(Debug, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Output {
+    /// All that the user wants.
+    pub settings: Settings,
+    /// What of it the device has not confirmed.
+    pub changed: Settings,
+    /// Who said so.
+    pub source: Source,
+}
+
+/// Gets the profile's settings, checks them and compares them with what the device has confirmed.
+pub async fn handle(adapters: &Adapters, input: Input) -> Result<Output, Error> {
+    if input.external_id.is_empty() {
+        let message = format!("the thing {} has no attribute externalId", input.thing_name);
+        return Err(Error::new(ErrorName::ExternalIdMissing, message));
+    }
+    let (source, settings) = match &adapters.api {
+        Some(api) => (Source::Api, api.settings(&input.external_id).await?),
+        None => (Source::Simulated, adapters.schema.simulated_profile()),
+    };
+    let settings = adapters.schema.check(&input.external_id, settings)?;
+    let confirmed = adapters.table.confirmed(&input.thing_name).await?;
+    let changed = changed(&settings, &confirmed);
+    let thing = input.thing_name.as_str();
+    tracing::info!(thing, external_id = input.external_id, ?source, settings = settings.len(), changed = changed.len());
+    if source == Source::Simulated {
+        tracing::warn!(
+            "no settings API is configured (parameter SettingsApiUrl): every user has the same simulated profile"
+        );
+    }
+    Ok(Output { settings, changed, source })
+}
+
+fn changed(settings: &Settings, confirmed: &Settings) -> Settings {
+    let is_new = |(name, value): &(_, &SettingValue)| confirmed.get(*name).is_none_or(|has| !has.is_same(value));
+    settings.iter().filter(is_new).map(|(name, value)| (name.clone(), value.clone())).collect()
+}
+
+/// `settings.schema.json`
+#[derive(Debug)]
+struct Schema {
+    document: Value,
+    validator: Validator,
+}
+
+impl Schema {
+    fn new() -> Result<Self, String> {
+        let document = serde_json::from_str(SCHEMA).map_err(|error| format!("settings.schema.json: {error}"))?;
+        let validator =
+            jsonschema::draft202012::new(&document).map_err(|error| format!("settings.schema.json: {error}"))?;
+        Ok(Self { document, validator })
+    }
+
+    /// Every default that the schema gives.
+    fn simulated_profile(&self) -> Value {
+        let properties = self.document["properties"].as_object().into_iter().flatten();
+        let defaults = properties.filter_map(|(name, property)| Some((name.clone(), property.get("default")?.clone())));
+        Value::Object(defaults.collect())
+    }
+
+    /// Fails with every setting that is not allowed, its value and its limit.
+    fn check(&self, external_id: &str, settings: Value) -> Result<Settings, Error> {
+        let invalid = |why: String| {
+            Err(Error::new(ErrorName::InvalidSettings, format!("the settings of the profile {external_id:?}: {why}")))
+        };
+        let findings: Vec<String> = self
+            .validator
+            .iter_errors(&settings)
+            .map(|finding| {
+                let place = finding.instance_path().to_string();
+                let name = place.trim_start_matches('/');
+                if name.is_empty() { finding.to_string() } else { format!("{name}: {finding}") }
+            })
+            .collect();
+        if !findings.is_empty() {
+            return invalid(findings.join("; "));
+        }
+        serde_json::from_value(settings).or_else(|error| invalid(error.to_string()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn settings(value: Value) -> Settings {
+        serde_json::from_value(value).unwrap()
+    }
+
+    #[test]
+    fn the_schema_describes_settings_within_limits() {
+        let schema = Schema::new().unwrap();
+        for (name, property) in schema.document["properties"].as_object().unwrap() {
+            name.parse::<protocol::SettingName>().unwrap();
+            let has = |keyword: &str| property.get(keyword).is_some();
+            let bounded = match property["type"].as_str().unwrap() {
+                "number" | "integer" => has("minimum") && has("maximum"),
+                "string" => has("maxLength") || has("enum"),
+                other => other == "boolean",
+            };
+            assert!(bounded && has("description"), "{name} has limits and a description");
+        }
+        // The reference device knows this one.
+        let simulated = schema.check("anyone", schema.simulated_profile()).unwrap();
+        assert_eq!(simulated, settings(json!({"SET_TEMP": 21.5})));
+    }
+
+    #[test]
+    fn what_is_not_allowed_is_named_with_its_value_and_limit() {
+        let schema = Schema::new().unwrap();
+        for (profile, why) in [
+            (json!({"SET_TEMP": 900}), "SET_TEMP: 900 is greater than the maximum of 35"),
+            (json!({"SET_TEMP": "warm"}), "SET_TEMP: \"warm\" is not of type \"number\""),
+            (json!({"SET_TEMP": null}), "SET_TEMP: null is not of type \"number\""),
+            (json!({"SET_COLOUR": "red"}), "Additional properties are not allowed ('SET_COLOUR' was unexpected)"),
+            (json!([1]), "[1] is not of type \"object\""),
+            (json!({}), "{} has less than 1 property"),
+        ] {
+            let error = schema.check("user-1", profile).unwrap_err();
+            assert_eq!(error.name, ErrorName::InvalidSettings);
+            assert_eq!(error.message, format!("the settings of the profile \"user-1\": {why}"));
+        }
+        let all = json!({"SET_TEMP": 19, "SET_MODE": "ECO", "SET_CHILD_LOCK": true, "SET_ROOM_NAME": "Bad"});
+        assert_eq!(schema.check("user-1", all.clone()), Ok(settings(all)));
+    }
+
+    #[test]
+    fn only_what_the_device_has_not_confirmed_is_changed() {
+        let wanted = settings(json!({"SET_TEMP": 21.5, "SET_MODE": "ECO"}));
+        assert_eq!(changed(&wanted, &settings(json!({}))), wanted);
+        assert_eq!(
+            changed(&wanted, &settings(json!({"SET_TEMP": 21.5, "SET_MODE": "AUTO"}))),
+            settings(json!({"SET_MODE": "ECO"}))
+        );
+        let confirmed = settings(json!({"SET_TEMP": 21.5, "SET_MODE": "ECO", "SET_CHILD_LOCK": true}));
+        assert_eq!(changed(&wanted, &confirmed), Settings::new());
+    }
+}

@@ -1,0 +1,73 @@
+//! States that wait with a task token, and how they are ended from outside.
+
+use crate::Error;
+use crate::error::{aws, code};
+use serde::Serialize;
+use serde_json::Value;
+
+/// Limits of `SendTaskFailure` (<https://docs.aws.amazon.com/step-functions/latest/apireference/API_SendTaskFailure.html>).
+const MAX_CAUSE_CHARACTERS: usize = 32_768;
+
+/// What became of a token or an answer. Every message has exactly one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "SCREAMING_SNAKE_CASE")]
+pub enum Outcome {
+    /// Kept until the other half comes.
+    Waiting,
+    /// It took effect: the task was completed, or is one answer closer to it.
+    Applied,
+    /// The same has been said before: no effect.
+    Duplicate,
+    /// Nobody waits any more: no effect.
+    Late,
+    /// It answers nothing that was asked: no effect.
+    Rejected,
+}
+
+/// Step Functions, as those see it who end its tasks.
+#[derive(Debug, Clone)]
+pub struct Tasks {
+    client: aws_sdk_sfn::Client,
+}
+
+impl Tasks {
+    /// The tasks of this account.
+    pub fn new(config: &aws_config::SdkConfig) -> Self {
+        Self { client: aws_sdk_sfn::Client::new(config) }
+    }
+
+    /// Ends a task with its output or its failure: `Applied`, or `Late` if it has ended already.
+    pub async fn complete(&self, token: &str, result: Result<Value, Error>) -> Result<Outcome, Error> {
+        match result {
+            Ok(output) => {
+                let sent = self.client.send_task_success().task_token(token).output(output.to_string()).send().await;
+                outcome("states:SendTaskSuccess", sent)
+            }
+            Err(failure) => {
+                let cause: String = failure.message.chars().take(MAX_CAUSE_CHARACTERS).collect();
+                let sent = self.client.send_task_failure().task_token(token).error(failure.name.as_str()).cause(cause);
+                outcome("states:SendTaskFailure", sent.send().await)
+            }
+        }
+    }
+
+    /// Begins a task's deadline anew: `Applied`, or `Late` if it has ended already.
+    pub async fn prolong(&self, token: &str) -> Result<Outcome, Error> {
+        outcome("states:SendTaskHeartbeat", self.client.send_task_heartbeat().task_token(token).send().await)
+    }
+}
+
+/// Step Functions has three ways to say that the task has ended or never was.
+fn outcome<T, E, R>(action: &str, sent: Result<T, aws_sdk_sfn::error::SdkError<E, R>>) -> Result<Outcome, Error>
+where
+    E: aws_sdk_sfn::error::ProvideErrorMetadata + std::error::Error + 'static,
+    R: std::fmt::Debug,
+{
+    match sent {
+        Ok(_) => Ok(Outcome::Applied),
+        Err(error) => match code(&error) {
+            Some("TaskTimedOut" | "TaskDoesNotExist" | "InvalidToken") => Ok(Outcome::Late),
+            _ => Err(aws(action, &error)),
+        },
+    }
+}
