@@ -6,6 +6,7 @@ Definitions are written for AWS. What moto lacks is closed here, one gap after t
 """
 
 import copy
+import datetime
 import functools
 import hashlib
 import os
@@ -131,10 +132,19 @@ def evaluation_failed(env, cause):
     return FailureEventException(failure_event=event)
 
 
+def states_data(env):
+    """Gap: moto's context object holds the start of the execution as a datetime; AWS has ISO 8601 text there."""
+    execution = env.states._states_data["context"]["Execution"]
+    if isinstance(execution["StartTime"], datetime.datetime):
+        text = execution["StartTime"].astimezone(datetime.UTC).isoformat(timespec="milliseconds")
+        execution["StartTime"] = text.replace("+00:00", "Z")
+    return env.states._states_data
+
+
 def eval_expression(self, env):
     variables = {**env.variable_store._outer_scope, **env.variable_store._inner_scope}
     try:
-        value = evaluate(self.expression, {**variables, "states": env.states._states_data})
+        value = evaluate(self.expression, {**variables, "states": states_data(env)})
     except UnsupportedResult as error:
         raise evaluation_failed(env, f"The JSONata expression '{self.expression}' {error}.") from error
     except Exception as error:

@@ -12,7 +12,7 @@ use fleet::workflows::rendezvous::{Answer, Meeting, Operation, Rendezvous, Wait}
 use protocol::{Command, DeviceFailure, JobId, OperationId, ProtocolName, Publication, Step, StepOutcome, ThingName};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
-use tests::{Cloud, Ended, ScriptedDevice, eventually, names, with_faults};
+use tests::{Cloud, Ended, ScriptedDevice, eventually, kill_functions, names, with_faults};
 
 const DEVICE_STEPS: [Step; 4] =
     [Step::DownloadStarted, Step::FirmwareTransferred, Step::DownloadOperationDone, Step::DeviceRebooted];
@@ -24,20 +24,6 @@ fn nothing() -> Value {
 /// The operation of a job's first execution on a thing.
 fn first_operation(job: &str) -> OperationId {
     OperationId::of_job_execution(&job.parse::<JobId>().unwrap(), 1)
-}
-
-/// The queue of that logical name.
-async fn queue(cloud: &Cloud, name: &str) -> String {
-    let urls = cloud.sqs.list_queues().send().await.expect("queues").queue_urls.unwrap_or_default();
-    urls.into_iter().find(|url| url.contains(name)).unwrap_or_else(|| panic!("no queue {name}"))
-}
-
-/// Puts a message of the broker's own into a queue, as the topic rule does: only the broker may publish below `$aws/`.
-async fn notify(cloud: &Cloud, queue_name: &str, topic: &str, payload: &Value) {
-    let payload = base64::prelude::BASE64_STANDARD.encode(payload.to_string());
-    let body = json!({"topic": topic, "payload": payload}).to_string();
-    let send = cloud.sqs.send_message().queue_url(queue(cloud, queue_name).await).message_body(body);
-    send.send().await.expect("sent");
 }
 
 #[tokio::test]
@@ -228,7 +214,7 @@ async fn a_repeated_notification_starts_nothing_and_a_foreign_job_is_left_alone(
     }});
     let topic = format!("$aws/things/{}/jobs/notify-next", things[0]);
     for _ in 0..3 {
-        notify(&cloud, "JobNotificationsQueue", &topic, &notification).await;
+        cloud.deliver("JobNotificationsQueue", &topic, &notification).await;
     }
     for step in DEVICE_STEPS {
         device.succeed(&operation, &reply_to, step, "2.0.0").await;
@@ -236,23 +222,14 @@ async fn a_repeated_notification_starts_nothing_and_a_foreign_job_is_left_alone(
     let ended = cloud.ended(&job, &things[..1]).await;
     assert_eq!(ended[&things[0]], Ended::new(Succeeded, "Upgraded"));
     // And once more, now that the execution has ended.
-    notify(&cloud, "JobNotificationsQueue", &topic, &notification).await;
+    cloud.deliver("JobNotificationsQueue", &topic, &notification).await;
     eventually("all notifications are handled", || async {
-        is_drained(&cloud, "JobNotificationsQueue").await.then_some(())
+        cloud.is_drained("JobNotificationsQueue").await.then_some(())
     })
     .await;
     assert_eq!(cloud.executions(&job).await.len(), 1);
     assert_eq!(cloud.executions(&foreign).await.len(), 0);
     assert_eq!(cloud.job_execution(&foreign, &things[1]).await.unwrap().0, JobExecutionStatus::Queued);
-}
-
-/// Whether everything in the queue has been handled.
-async fn is_drained(cloud: &Cloud, name: &str) -> bool {
-    use aws_sdk_sqs::types::QueueAttributeName::{ApproximateNumberOfMessages, ApproximateNumberOfMessagesNotVisible};
-    let get = cloud.sqs.get_queue_attributes().queue_url(queue(cloud, name).await);
-    let get = get.attribute_names(ApproximateNumberOfMessages).attribute_names(ApproximateNumberOfMessagesNotVisible);
-    let attributes = get.send().await.expect("attributes").attributes.unwrap_or_default();
-    attributes.values().all(|count| count == "0")
 }
 
 #[tokio::test]
@@ -478,7 +455,7 @@ async fn an_execution_that_is_stopped_by_hand_ends_its_job_execution() {
     let described = cloud.step_functions.describe_execution().execution_arn(&execution).send().await.unwrap();
     cloud.step_functions.stop_execution().execution_arn(&execution).send().await.expect("stopped");
     // Gap of the local cloud: its Step Functions tells EventBridge nothing. What AWS would send goes into the queue.
-    let reports = queue(&cloud, "WorkflowReportsQueue").await;
+    let reports = cloud.queue_url("WorkflowReportsQueue").await;
     let event = json!({
         "source": "aws.states", "detail-type": "Step Functions Execution Status Change",
         "detail": {"executionArn": execution, "status": "ABORTED", "input": described.input, "error": null, "cause": null},
@@ -510,27 +487,6 @@ async fn a_killed_function_loses_nothing() {
     assert!(ended.values().all(|ended| ended.status == Succeeded), "{ended:?}");
     assert!(killer.await.unwrap() >= 5);
     fleet.stop().await;
-}
-
-/// Kills the running processes of a Lambda function of this run's cloud, as a failing host would; how many.
-fn kill_functions(function: &str) -> usize {
-    let endpoint = std::env::var("AWS_ENDPOINT_URL").expect("AWS_ENDPOINT_URL");
-    let processes =
-        std::fs::read_dir("/proc").expect("/proc").filter_map(|entry| entry.ok()?.file_name().into_string().ok());
-    let ours = processes.filter(|pid| {
-        let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
-        let environment = String::from_utf8_lossy(&environment).into_owned();
-        let has = |name: &str, value: &str| {
-            environment
-                .split('\0')
-                .any(|line| line.split_once('=').is_some_and(|(n, v)| n == name && v.contains(value)))
-        };
-        has("AWS_LAMBDA_FUNCTION_NAME", function) && has("AWS_ENDPOINT_URL", &endpoint)
-    });
-    ours.filter(|pid| {
-        std::process::Command::new("kill").args(["-9", pid]).status().is_ok_and(|status| status.success())
-    })
-    .count()
 }
 
 /// The table does to an item what the rules say, whatever comes in whatever order.

@@ -6,22 +6,28 @@ use aws_config::retry::RetryConfig;
 use aws_smithy_http_client::tls::{Provider, rustls_provider::CryptoMode};
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
+use clap::builder::NonEmptyStringValueParser;
 use clap::{ArgGroup, Args, Parser, Subcommand};
 use device_simulator::faults::{self, FaultKind, FaultSpec};
 use device_simulator::progress::{Display, Verbosity, count};
 use device_simulator::provision::{self, DevicePolicy, ProtocolMix, ProvisionOptions, Selection};
+use device_simulator::settings_api::{ApiFaultKind, ApiFaultSpec, SettingsApi, SettingsApiOptions};
 use device_simulator::{DeviceSpec, EndedUpgrade, Endpoint, Fault, FaultTiming, Fleet, FleetOptions, Outcome};
 use ed25519_dalek::VerifyingKey;
 use ed25519_dalek::pkcs8::DecodePublicKey;
 use humantime::Duration;
 use protocol::ThingName;
+use serde_json::{Map, Value};
 use std::collections::{HashMap, HashSet};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use tokio::select;
 
 /// How long the first connection of a fleet may take.
 const PATIENCE: std::time::Duration = std::time::Duration::from_secs(20);
+/// How long a single device takes to answer a setting unless told otherwise: it is there to be watched.
+const LONE_ANSWER_DELAY: std::time::Duration = std::time::Duration::from_secs(10);
 
 /// Simulated devices: one or ten thousand, over real MQTT and TLS, with faults on request.
 ///
@@ -44,6 +50,8 @@ enum Command {
     Provision(Provision),
     /// Run devices until they have ended their upgrades, or until Ctrl-C.
     Run(Box<Run>),
+    /// Serve users' settings as a third party does, for tests and demos, until Ctrl-C.
+    SettingsApi(SettingsApiCommand),
     /// Remove what `provision` made: things, certificates, and its policy and group if nothing else uses them.
     ///
     /// Credentials, Region and endpoint come from the usual AWS variables and profiles.
@@ -78,6 +86,14 @@ struct Provision {
     /// The version that the devices leave the factory with
     #[arg(long, value_name = "VERSION", default_value = "1.0.0", env = "SIMULATOR_FIRMWARE_VERSION")]
     firmware_version: String,
+    /// What the things get as their attribute externalId, by which the settings API knows a device's user; {thing}
+    /// stands for the thing's name
+    #[arg(long, value_name = "TEMPLATE", default_value = "user-{thing}", value_parser = NonEmptyStringValueParser::new(),
+          conflicts_with = "no_external_id")]
+    external_id: String,
+    /// Give the things no attribute externalId
+    #[arg(long)]
+    no_external_id: bool,
     /// Say nothing but warnings, errors and the result
     #[arg(long, short)]
     quiet: bool,
@@ -121,6 +137,9 @@ struct Run {
     /// How long after its very first connection a device announces its first boot
     #[arg(long, value_name = "TIME", default_value = "30s", env = "SIMULATOR_FIRST_BOOT_DELAY")]
     first_boot_delay: Duration,
+    /// How long after a setting has come a device answers it [default: 10s when one device runs, else 1s]
+    #[arg(long, value_name = "TIME", env = "SIMULATOR_ANSWER_DELAY")]
+    answer_delay: Option<Duration>,
     /// Ed25519 public key, PEM or base64: images must be signed with it [default: signatures are not checked]
     #[arg(long, value_name = "FILE", env = "SIMULATOR_PUBLIC_KEY")]
     public_key: Option<PathBuf>,
@@ -134,12 +153,39 @@ struct Run {
     #[arg(long, value_name = "BYTES", default_value_t = FaultTiming::default().slow_rate, env = "SIMULATOR_SLOW_RATE",
           value_parser = clap::value_parser!(u64).range(1..))]
     slow_rate: u64,
-    /// How long the fault `delay` waits before each report
+    /// How long the fault `delay` waits before each report, and longer than --answer-delay before each answer
     #[arg(long, value_name = "TIME", default_value = "5s", env = "SIMULATOR_DELAY")]
     delay: Duration,
-    /// How long the faults `offline` and `power-cut` keep a device away
+    /// How long the faults `offline`, `power-cut` and `disconnect` keep a device away
     #[arg(long, value_name = "TIME", default_value = "10s", env = "SIMULATOR_OFFLINE_FOR")]
     offline_for: Duration,
+    /// Say nothing but warnings, errors and the result
+    #[arg(long, short)]
+    quiet: bool,
+}
+
+#[derive(Debug, Args)]
+struct SettingsApiCommand {
+    /// Where to listen; port 0 is any free one
+    #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:8081", env = "SETTINGS_API_LISTEN")]
+    listen: SocketAddr,
+    /// What requests must have in the header x-api-key [default: nothing]
+    #[arg(long, value_name = "KEY", env = "SETTINGS_API_KEY", hide_env_values = true,
+          value_parser = NonEmptyStringValueParser::new())]
+    api_key: Option<String>,
+    /// JSON object: external id -> object of settings; other ids are unknown [default: every id has a
+    /// temperature of its own, 17.0 to 24.5]
+    #[arg(long, value_name = "FILE", env = "SETTINGS_API_PROFILES")]
+    profiles: Option<PathBuf>,
+    /// Faults, separated by commas: KIND=COUNT or KIND=PERCENT%
+    #[arg(long, value_name = "SPEC", value_delimiter = ',', env = "SETTINGS_API_FAIL", long_help = api_fault_help())]
+    fail: Vec<ApiFaultSpec>,
+    /// How long the fault `slow` takes
+    #[arg(long, value_name = "TIME", default_value = "15s", env = "SETTINGS_API_SLOW_FOR")]
+    slow_for: Duration,
+    /// What chooses the requests that faults with a percentage hit; printed at the start [default: random]
+    #[arg(long, value_name = "NUMBER", env = "SETTINGS_API_SEED")]
+    seed: Option<u64>,
     /// Say nothing but warnings, errors and the result
     #[arg(long, short)]
     quiet: bool,
@@ -162,9 +208,20 @@ struct Cleanup {
     quiet: bool,
 }
 
+fn help_lines(kinds: impl Iterator<Item = (&'static str, &'static str)>) -> String {
+    kinds.map(|(name, help)| format!("  {name:<16}{help}")).collect::<Vec<_>>().join("\n")
+}
+
+fn api_fault_help() -> String {
+    let kinds = help_lines(ApiFaultKind::ALL.into_iter().map(|(kind, help)| (kind.name(), help)));
+    format!(
+        "Faults, separated by commas. KIND=COUNT lets the first COUNT requests go wrong, those of the next kind after \
+         those of the first; KIND=PERCENT% each request with that probability, chosen by --seed. Kinds:\n{kinds}"
+    )
+}
+
 fn fault_help() -> String {
-    let kinds: Vec<_> = FaultKind::ALL.iter().map(|(kind, help)| format!("  {:<16}{help}", kind.name())).collect();
-    let kinds = kinds.join("\n");
+    let kinds = help_lines(FaultKind::ALL.into_iter().map(|(kind, help)| (kind.name(), help)));
     format!(
         "Faults, separated by commas. KIND=COUNT gives a fault to so many devices, different ones for each kind; \
          KIND=PERCENT% gives it to each device with that probability. --seed chooses them, and the start of the run \
@@ -190,6 +247,7 @@ impl Cli {
         let result = match self.command {
             Command::Provision(command) => command.run().await,
             Command::Run(command) => command.run().await,
+            Command::SettingsApi(command) => command.run().await,
             Command::Cleanup(command) => command.run().await,
         };
         match result {
@@ -236,6 +294,7 @@ impl Provision {
             things,
             protocols: self.protocol,
             firmware_version: self.firmware_version,
+            external_id: (!self.no_external_id).then_some(self.external_id),
             certificates: self.certificates,
             policy,
             thing_group: self.thing_group,
@@ -248,6 +307,29 @@ impl Provision {
         let result = done.await.context("provisioning stopped; run it again to go on")?;
         display.finish();
         println!("{} devices provisioned, {} kept", result.created, result.kept);
+        Ok(true)
+    }
+}
+
+impl SettingsApiCommand {
+    async fn run(self) -> Result<bool, Failure> {
+        let display = Display::start(verbosity(self.quiet), None);
+        let seed = self.seed.unwrap_or_else(rand::random);
+        let profiles = self.profiles.as_deref().map(read_profiles).transpose()?;
+        let api = SettingsApi::start(SettingsApiOptions {
+            listen: self.listen,
+            api_key: self.api_key,
+            profiles,
+            faults: self.fail,
+            slow_for: *self.slow_for,
+            seed,
+        });
+        let api = api.map_err(anyhow::Error::from)?;
+        eprintln!("listening on {}, seed: {seed}", api.address());
+        println!("SettingsApiUrl={}", api.url());
+        interrupted().await?;
+        display.finish();
+        println!("{} requests", api.total_requests());
         Ok(true)
     }
 }
@@ -285,7 +367,7 @@ impl Run {
         announce(&devices, &self.endpoint, seed);
         let total = self.upgrades.map(|upgrades| u64::from(upgrades) * devices.len() as u64);
         let display = Display::start(verbosity(self.quiet), total);
-        let options = self.fleet_options()?;
+        let options = self.fleet_options(devices.len())?;
         let fleet = Fleet::start(options, devices.clone()).context("the devices cannot start")?;
         let is_late = devices.iter().all(|device| device.faults.has(Fault::Offline));
         let patience = if is_late { PATIENCE + *self.offline_for } else { PATIENCE };
@@ -293,11 +375,12 @@ impl Run {
         let is_complete = self.wait(&fleet, &display).await?;
         display.finish();
         self.write_report(&devices, &fleet)?;
+        let applied = fleet.total_applied();
         let ended = fleet.stop().await;
         if !is_complete {
             eprintln!("{} of {} devices are not done", self.unfinished(&devices, &ended), devices.len());
         }
-        println!("{}", closing_line(devices.len(), &ended));
+        println!("{}", closing_line(devices.len(), &ended, applied));
         Ok(is_complete && count(&ended, Outcome::Failed) == 0)
     }
 
@@ -334,16 +417,19 @@ impl Run {
         Ok(devices)
     }
 
-    fn fleet_options(&self) -> Result<FleetOptions> {
+    fn fleet_options(&self, devices: usize) -> Result<FleetOptions> {
+        let defaults = FleetOptions::new(self.endpoint.clone());
+        let answer_delay = if devices == 1 { LONE_ANSWER_DELAY } else { defaults.answer_delay };
         Ok(FleetOptions {
             ca: self.ca.clone(),
             state: self.state.clone(),
             upgrades: self.upgrades.unwrap_or_default() as usize,
             step_delay: *self.step_delay,
             first_boot_delay: *self.first_boot_delay,
+            answer_delay: self.answer_delay.map_or(answer_delay, Into::into),
             public_key: self.public_key.as_deref().map(read_public_key).transpose()?,
             fault_timing: FaultTiming { slow_rate: self.slow_rate, delay: *self.delay, offline_for: *self.offline_for },
-            ..FleetOptions::new(self.endpoint.clone())
+            ..defaults
         })
     }
 
@@ -396,10 +482,13 @@ fn announce(devices: &[DeviceSpec], endpoint: &Endpoint, seed: u64) {
     }
 }
 
-fn closing_line(devices: usize, ended: &[EndedUpgrade]) -> String {
+fn closing_line(devices: usize, ended: &[EndedUpgrade], applied: usize) -> String {
     let [succeeded, failed, cancelled] =
         [Outcome::Succeeded, Outcome::Failed, Outcome::Cancelled].map(|outcome| count(ended, outcome));
-    format!("{devices} devices: {succeeded} upgrades succeeded, {failed} failed, {cancelled} cancelled")
+    format!(
+        "{devices} devices: {succeeded} upgrades succeeded, {failed} failed, {cancelled} cancelled, \
+         {applied} settings applied"
+    )
 }
 
 async fn interrupted() -> Result<()> {
@@ -409,6 +498,15 @@ async fn interrupted() -> Result<()> {
         result = tokio::signal::ctrl_c() => Ok(result?),
         _ = terminated.recv() => Ok(()),
     }
+}
+
+fn read_profiles(path: &Path) -> Result<HashMap<String, Value>> {
+    let file = path.display();
+    let bytes = std::fs::read(path).with_context(|| format!("the profiles {file} cannot be read"))?;
+    let profiles: HashMap<String, Map<String, Value>> = serde_json::from_slice(&bytes).with_context(|| {
+        format!("{file} holds no profiles: expected a JSON object of external ids, each an object of settings")
+    })?;
+    Ok(profiles.into_iter().map(|(id, settings)| (id, settings.into())).collect())
 }
 
 fn read_public_key(path: &Path) -> Result<VerifyingKey> {
@@ -443,6 +541,40 @@ mod tests {
         for (kind, line) in FaultKind::ALL {
             assert!(help.contains(kind.name()) && help.contains(&line[..20]), "{}", kind.name());
         }
+    }
+
+    #[test]
+    fn the_help_of_the_settings_api_names_every_fault() {
+        let mut command = Cli::command();
+        let help = command.find_subcommand_mut("settings-api").unwrap().render_long_help().to_string();
+        for (kind, line) in ApiFaultKind::ALL {
+            assert!(help.contains(kind.name()) && help.contains(line), "{}", kind.name());
+        }
+    }
+
+    #[test]
+    fn a_single_device_answers_settings_later_than_a_fleet_unless_told() {
+        let run = |extra: &[&str]| {
+            let args = ["device-simulator", "run", "--certificates", ".", "--endpoint", "localhost"];
+            match Cli::try_parse_from(args.iter().chain(extra)).unwrap().command {
+                Command::Run(run) => run,
+                _ => unreachable!(),
+            }
+        };
+        let delay = |extra: &[&str], devices| run(extra).fleet_options(devices).unwrap().answer_delay;
+        assert_eq!(delay(&[], 1), LONE_ANSWER_DELAY);
+        assert_eq!(delay(&[], 2), std::time::Duration::from_secs(1));
+        assert_eq!(delay(&["--answer-delay", "3s"], 1), std::time::Duration::from_secs(3));
+    }
+
+    #[test]
+    fn profiles_are_objects_of_settings() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("profiles.json");
+        std::fs::write(&file, r#"{"user-1": {"SET_TEMP": 21.5}}"#).unwrap();
+        assert_eq!(read_profiles(&file).unwrap()["user-1"]["SET_TEMP"], 21.5);
+        std::fs::write(&file, r#"{"user-1": 21.5}"#).unwrap();
+        assert!(read_profiles(&file).unwrap_err().to_string().contains("expected a JSON object of external ids"));
     }
 
     #[test]

@@ -4,7 +4,8 @@
 use protocol::{Publication, ThingName};
 use rand::RngExt;
 use rumqttc::{
-    AsyncClient, Event, EventLoop, MqttOptions, Packet, Publish, QoS, SubscribeReasonCode, TlsConfiguration, Transport,
+    AsyncClient, Event, EventLoop, MqttOptions, Outgoing, Packet, Publish, QoS, SubscribeFilter, SubscribeReasonCode,
+    TlsConfiguration, Transport,
 };
 use rustls::client::Resumption;
 use rustls::pki_types::pem::PemObject;
@@ -116,7 +117,8 @@ pub(crate) struct ConnectionSettings {
     pub(crate) thing: ThingName,
     pub(crate) endpoint: Endpoint,
     pub(crate) tls: Arc<ClientConfig>,
-    pub(crate) filter: String,
+    /// What it subscribes to, at `QoS` 1.
+    pub(crate) filters: Vec<String>,
     /// Bounds how many devices of the process shake hands at the same time.
     pub(crate) handshakes: Arc<Semaphore>,
     /// Told of every attempt that fails.
@@ -179,6 +181,12 @@ impl Connection {
         let _ = self.outbox.push(publication).await;
     }
 
+    /// Closes the connection after what has been sent and acknowledged so far, and opens the next one after
+    /// `away`. Does nothing without a connection.
+    pub(crate) fn leave(&self, away: Duration) {
+        self.outbox.leave(away);
+    }
+
     /// Queues a message without waiting for its acknowledgement.
     pub(crate) fn post(&self, publication: Publication) {
         drop(self.outbox.push(publication));
@@ -201,6 +209,8 @@ struct Outbox(Mutex<Queued>);
 struct Queued {
     queue: VecDeque<(Publication, oneshot::Sender<()>)>,
     client: Option<AsyncClient>,
+    /// How long the device stays away once its connection is closed, when it closes it on purpose.
+    away: Option<Duration>,
 }
 
 impl Outbox {
@@ -224,8 +234,19 @@ impl Outbox {
         queued.send_first();
     }
 
-    fn disconnected(&self) {
-        self.lock().client = None;
+    fn leave(&self, away: Duration) {
+        let mut queued = self.lock();
+        let Some(client) = &queued.client else { return };
+        // The queue of requests is never full; were it, the broker's silence would end the connection.
+        let _ = client.try_disconnect();
+        queued.away = Some(away);
+    }
+
+    /// Returns how long the device meant to stay away, if it did.
+    fn disconnected(&self) -> Option<Duration> {
+        let mut queued = self.lock();
+        queued.client = None;
+        queued.away.take()
     }
 
     fn acknowledged(&self) {
@@ -256,9 +277,14 @@ async fn stay_connected(
     let mut retry = FIRST_RETRY;
     loop {
         let error = session(&settings, &outbox, &online, &deliveries).await;
-        outbox.disconnected();
+        let away = outbox.disconnected();
         if online.send_replace(false) {
             retry = FIRST_RETRY;
+        }
+        if let Some(away) = away {
+            tracing::info!("{}: connection closed, back in {away:?}", settings.thing);
+            tokio::time::sleep(away).await;
+            continue;
         }
         (settings.on_failure)(&format!("{} at {}: {error}", settings.thing, settings.endpoint));
         // Full jitter: a fleet that lost its broker must not come back as one.
@@ -285,13 +311,16 @@ async fn session(
         };
         match packet {
             Packet::ConnAck(_) => {
-                if let Err(error) = client.try_subscribe(&settings.filter, QoS::AtLeastOnce) {
+                let filters = settings.filters.iter().cloned();
+                let subscriptions = filters.map(|filter| SubscribeFilter::new(filter, QoS::AtLeastOnce));
+                if let Err(error) = client.try_subscribe_many(subscriptions) {
                     return error.to_string();
                 }
             }
             Packet::SubAck(answer) => {
-                if answer.return_codes.contains(&SubscribeReasonCode::Failure) {
-                    return format!("the broker refused the subscription to {}", settings.filter);
+                let mut answers = settings.filters.iter().zip(&answer.return_codes);
+                if let Some((filter, _)) = answers.find(|(_, code)| **code == SubscribeReasonCode::Failure) {
+                    return format!("the broker refused the subscription to {filter}");
                 }
                 drop(handshake.take());
                 outbox.connected(&client);
@@ -323,6 +352,7 @@ async fn poll(events: &mut EventLoop) -> Result<Packet, String> {
     loop {
         match events.poll().await {
             Ok(Event::Incoming(packet)) => return Ok(packet),
+            Ok(Event::Outgoing(Outgoing::Disconnect)) => return Err("the device has closed the connection".into()),
             Ok(Event::Outgoing(_)) => {}
             Err(error) => return Err(error.to_string()),
         }

@@ -4,8 +4,10 @@ use crate::connection::{Connection, ConnectionSettings, Delivery};
 use crate::download::{self, Download, DownloadError, ImageFailure};
 use crate::fleet::{Context, EndedUpgrade, Outcome};
 use crate::now_milliseconds;
+use crate::settings::Answers;
 use crate::storage::{Operation, OperationPhase, Storage, StorageError};
 use crate::{CutPoint, Fault, Faults};
+use protocol::settings::{self, SettingResponse};
 use protocol::{
     Command, DeviceFailure, DeviceProtocol, Firmware, OperationId, ProtocolName, Publication, ReplyTo, Response, Step,
     StepOutcome, ThingName,
@@ -154,10 +156,12 @@ enum Next {
 type Upgrade<'a> = Pin<Box<dyn Future<Output = Result<Next, StorageError>> + Send + 'a>>;
 
 /// What a received command asks of the life that it came into.
-enum Task {
+pub(crate) enum Task {
     Nothing,
     Begin,
     Cancel,
+    /// Say that, when its time has come.
+    Answer(SettingResponse),
 }
 
 /// A device with what outlasts its reboots.
@@ -173,6 +177,8 @@ pub(crate) struct Device {
     pub(crate) held: Mutex<Option<Publication>>,
     /// Whether its power has been cut on purpose: that happens once.
     pub(crate) was_cut: AtomicBool,
+    /// Whether it has closed its connection on purpose: that happens once.
+    pub(crate) has_left: AtomicBool,
 }
 
 impl Device {
@@ -206,6 +212,7 @@ impl Device {
     async fn live(&self) -> Result<Next, StorageError> {
         let storage = Storage::open(&self.folder, &self.spec.firmware_version)?;
         self.context.set_version(self.index, storage.state().version());
+        self.context.set_settings(self.index, storage.state().settings);
         let (connection, mut inbox) = Connection::open(Arc::clone(&self.connection));
         let life = Life { device: self, storage: &storage, connection: &connection };
         let mut online = connection.online();
@@ -213,6 +220,7 @@ impl Device {
         if storage.operation().is_some() {
             upgrade = Some(Box::pin(life.upgrade()));
         }
+        let mut answers = Answers::default();
         let mut announced = storage.state().announced;
         let mut announcement = pin!(life.announce_first_boot());
         loop {
@@ -221,7 +229,9 @@ impl Device {
                     Task::Nothing => {}
                     Task::Begin => upgrade = Some(Box::pin(life.upgrade())),
                     Task::Cancel => upgrade = None,
+                    Task::Answer(answer) => answers.add(answer, life.answer_delay()),
                 },
+                answer = answers.due() => life.answer(answer),
                 next = of_some(&mut upgrade) => match next? {
                     Next::Idle => upgrade = None,
                     next => return Ok(next),
@@ -258,14 +268,14 @@ async fn of_some<F: Future + Unpin>(future: &mut Option<F>) -> F::Output {
 
 /// The time between two boots.
 #[derive(Clone, Copy)]
-struct Life<'a> {
-    device: &'a Device,
-    storage: &'a Storage,
-    connection: &'a Connection,
+pub(crate) struct Life<'a> {
+    pub(crate) device: &'a Device,
+    pub(crate) storage: &'a Storage,
+    pub(crate) connection: &'a Connection,
 }
 
 impl Life<'_> {
-    fn thing(&self) -> &ThingName {
+    pub(crate) fn thing(&self) -> &ThingName {
         &self.device.spec.thing
     }
 
@@ -273,7 +283,7 @@ impl Life<'_> {
         self.device.spec.protocol.encoding()
     }
 
-    fn has(&self, fault: Fault) -> bool {
+    pub(crate) fn has(&self, fault: Fault) -> bool {
         self.device.spec.faults.has(fault)
     }
 
@@ -297,21 +307,30 @@ impl Life<'_> {
 
     /// Takes a message in; it is acknowledged once everything to be remembered of it is on disk.
     fn receive(&self, delivery: Delivery) -> Result<Task, StorageError> {
-        let task = match self.encoding().decode_command(delivery.topic(), delivery.payload()) {
-            Ok(Some(received)) => match received.command {
-                Command::Download { operation_id, firmware } => {
-                    self.receive_download(operation_id, firmware, received.reply_to)?
-                }
-                Command::CancelDownload { operation_id } => self.receive_cancel(&operation_id)?,
-            },
-            Ok(None) => Task::Nothing,
-            Err(error) => {
-                tracing::warn!("{} <- a message on {} that is no command: {error}", self.thing(), delivery.topic());
-                Task::Nothing
-            }
+        let (topic, payload) = (delivery.topic(), delivery.payload());
+        let task = if topic == settings::request_topic(self.thing()) {
+            self.receive_setting(payload)?
+        } else {
+            self.receive_command(topic, payload)?
         };
         delivery.acknowledge();
         Ok(task)
+    }
+
+    fn receive_command(&self, topic: &str, payload: &[u8]) -> Result<Task, StorageError> {
+        match self.encoding().decode_command(topic, payload) {
+            Ok(Some(received)) => match received.command {
+                Command::Download { operation_id, firmware } => {
+                    self.receive_download(operation_id, firmware, received.reply_to)
+                }
+                Command::CancelDownload { operation_id } => self.receive_cancel(&operation_id),
+            },
+            Ok(None) => Ok(Task::Nothing),
+            Err(error) => {
+                tracing::warn!("{} <- a message on {topic} that is no command: {error}", self.thing());
+                Ok(Task::Nothing)
+            }
+        }
     }
 
     fn receive_download(&self, id: OperationId, firmware: Firmware, reply_to: ReplyTo) -> Result<Task, StorageError> {
@@ -651,7 +670,7 @@ fn reason(step: Step, failure: &DeviceFailure) -> String {
 }
 
 /// An operation that nobody has asked for.
-fn other_operation(id: &OperationId) -> OperationId {
+pub(crate) fn other_operation(id: &OperationId) -> OperationId {
     let kept: String = id.as_str().chars().take(120).collect();
     format!("{kept}-other").parse().unwrap_or_else(|_| id.clone())
 }

@@ -48,19 +48,19 @@ pub enum Fault {
     Boot,
     /// The same, and the device says so in a message that can hardly be read.
     MalformedBoot,
-    /// Commands are refused.
+    /// Commands and settings are refused.
     Refuse,
-    /// Commands are received and never answered.
+    /// Commands and settings are received and never answered; nothing comes of them.
     Mute,
     /// The download is throttled to [`FaultTiming::slow_rate`].
     Slow,
     /// The report of this step is never sent.
     Drop(Step),
-    /// Every report is sent twice.
+    /// Every report and every answer to a setting is sent twice.
     Duplicate,
     /// The report of this step is held back until the next one is out.
     Reorder(Step),
-    /// Every report waits for [`FaultTiming::delay`].
+    /// Every report and every answer to a setting waits for [`FaultTiming::delay`].
     Delay,
     /// The power is cut once at this moment and comes back after [`FaultTiming::offline_for`].
     PowerCut(CutPoint),
@@ -68,8 +68,11 @@ pub enum Fault {
     Offline,
     /// The old image runs after the reboot, and the device claims success with its version.
     WrongVersion,
-    /// Reports name an operation that nobody asked for.
+    /// Reports and answers to settings name an operation that nobody asked for.
     WrongOperation,
+    /// The first setting is taken over, but when its answer is due the device closes its connection instead, for
+    /// [`FaultTiming::offline_for`].
+    Disconnect,
 }
 
 /// All faults of one device; none by default.
@@ -110,9 +113,9 @@ impl fmt::Display for Faults {
 pub struct FaultTiming {
     /// Bytes a second of [`Fault::Slow`].
     pub slow_rate: u64,
-    /// How long [`Fault::Delay`] waits before each report.
+    /// How long [`Fault::Delay`] waits before each report, and longer than others before each answer.
     pub delay: Duration,
-    /// How long [`Fault::Offline`] and [`Fault::PowerCut`] keep a device away.
+    /// How long [`Fault::Offline`], [`Fault::PowerCut`] and [`Fault::Disconnect`] keep a device away.
     pub offline_for: Duration,
 }
 
@@ -155,6 +158,8 @@ pub enum FaultKind {
     WrongVersion,
     /// [`Fault::WrongOperation`]
     WrongOperation,
+    /// [`Fault::Disconnect`]
+    Disconnect,
 }
 
 /// The reports of an upgrade.
@@ -163,26 +168,31 @@ const REPORTS: [Step; 4] =
 
 impl FaultKind {
     /// Every kind with its line of help.
-    pub const ALL: [(Self, &'static str); 15] = [
+    pub const ALL: [(Self, &'static str); 16] = [
         (Self::Download, "behaves as if the server answered 404"),
         (Self::Checksum, "flips a byte of the image before checking it (needs a sha256 or signature in the command)"),
         (Self::Boot, "boots its old image and reports the failure"),
         (Self::MalformedBoot, "the same, reported in a message that can hardly be read"),
-        (Self::Refuse, "refuses the command (7002, Request denied)"),
-        (Self::Mute, "receives commands and never answers"),
+        (Self::Refuse, "refuses commands and settings (7002, Request denied)"),
+        (Self::Mute, "receives commands and settings, does nothing and never answers"),
         (Self::Slow, "downloads no faster than --slow-rate"),
         (Self::Drop, "never sends one report of an upgrade"),
-        (Self::Duplicate, "sends each report twice"),
+        (Self::Duplicate, "sends each report and each answer to a setting twice"),
         (Self::Reorder, "holds one report back and sends it after the next"),
-        (Self::Delay, "waits for --delay before each report"),
+        (Self::Delay, "waits for --delay before each report, and for --delay longer before each answer to a setting"),
         (
             Self::PowerCut(None),
-            "loses power once, for --offline-for; power-cut@STEP says when: started, downloading, \
-            transferred, installed, activated",
+            "loses power once in an upgrade, for --offline-for, and forgets answers to settings that it has not sent; \
+            power-cut@STEP says when: started, downloading, transferred, installed, activated",
         ),
         (Self::Offline, "connects only --offline-for after the start"),
         (Self::WrongVersion, "boots its old image and reports that version with success"),
-        (Self::WrongOperation, "reports with another operation id"),
+        (Self::WrongOperation, "reports, and answers settings, with another operation id"),
+        (
+            Self::Disconnect,
+            "closes its connection once, for --offline-for, instead of answering a setting that it has taken over; \
+            answers if it is asked again",
+        ),
     ];
 
     /// As `--fail` spells it.
@@ -203,6 +213,7 @@ impl FaultKind {
             Self::Offline => "offline",
             Self::WrongVersion => "wrong-version",
             Self::WrongOperation => "wrong-operation",
+            Self::Disconnect => "disconnect",
         }
     }
 
@@ -227,6 +238,7 @@ impl FaultKind {
             Self::Offline => Fault::Offline,
             Self::WrongVersion => Fault::WrongVersion,
             Self::WrongOperation => Fault::WrongOperation,
+            Self::Disconnect => Fault::Disconnect,
         }
     }
 }
@@ -249,17 +261,32 @@ impl Fault {
             Self::Offline => FaultKind::Offline,
             Self::WrongVersion => FaultKind::WrongVersion,
             Self::WrongOperation => FaultKind::WrongOperation,
+            Self::Disconnect => FaultKind::Disconnect,
         }
     }
 }
 
-/// How many devices get a fault.
+/// How many devices, or requests, get a fault.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Share {
     /// Exactly so many.
     Count(usize),
     /// Each one with this probability, from 0 to 1.
     Probability(f64),
+}
+
+impl FromStr for Share {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if let Some(percent) = text.strip_suffix('%') {
+            return match percent.parse::<f64>() {
+                Ok(percent) if (0.0..=100.0).contains(&percent) => Ok(Self::Probability(percent / 100.0)),
+                _ => Err(format!("{text:?} is no percentage: expected 0% to 100%")),
+            };
+        }
+        text.parse().map(Self::Count).map_err(|_| format!("{text:?} is neither a count nor a percentage"))
+    }
 }
 
 /// One `KIND=COUNT` or `KIND=PERCENT%` of `--fail`.
@@ -275,11 +302,17 @@ impl FromStr for FaultSpec {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let Some((kind, share)) = text.split_once('=') else {
-            return Err(format!("{text:?} is no fault: expected KIND=COUNT or KIND=PERCENT%"));
-        };
-        Ok(Self { kind: parse_kind(text, kind)?, share: parse_share(text, share)? })
+        let (kind, share) = split_spec(text)?;
+        Ok(Self { kind: parse_kind(text, kind)?, share })
     }
+}
+
+/// The kind, still to be read, and the share of `KIND=COUNT` or `KIND=PERCENT%`.
+pub(crate) fn split_spec(text: &str) -> Result<(&str, Share), String> {
+    let Some((kind, share)) = text.split_once('=') else {
+        return Err(format!("{text:?} is no fault: expected KIND=COUNT or KIND=PERCENT%"));
+    };
+    Ok((kind, share.parse().map_err(|error| format!("{text:?}: {error}"))?))
 }
 
 fn parse_kind(text: &str, kind: &str) -> Result<FaultKind, String> {
@@ -302,18 +335,6 @@ fn parse_kind(text: &str, kind: &str) -> Result<FaultKind, String> {
         }
         (_, Some(_)) => Err(format!("{text:?}: only power-cut takes a step after @")),
     }
-}
-
-fn parse_share(text: &str, share: &str) -> Result<Share, String> {
-    if let Some(percent) = share.strip_suffix('%') {
-        return match percent.parse::<f64>() {
-            Ok(percent) if (0.0..=100.0).contains(&percent) => Ok(Share::Probability(percent / 100.0)),
-            _ => Err(format!("{text:?}: {share:?} is no percentage: expected 0% to 100%")),
-        };
-    }
-    let count =
-        share.parse().map_err(|_| format!("{text:?}: {share:?} is neither a number of devices nor a percentage"))?;
-    Ok(Share::Count(count))
 }
 
 /// Gives faults to `devices` devices: the same seed gives the same faults to the same devices.
@@ -377,7 +398,7 @@ mod tests {
     fn a_bad_spec_is_named_with_what_was_expected() {
         for (spec, sentence) in [
             ("boot", "\"boot\" is no fault: expected KIND=COUNT or KIND=PERCENT%"),
-            ("boot=x", "\"boot=x\": \"x\" is neither a number of devices nor a percentage"),
+            ("boot=x", "\"boot=x\": \"x\" is neither a count nor a percentage"),
             ("boot=101%", "\"boot=101%\": \"101%\" is no percentage: expected 0% to 100%"),
             ("boot@started=1", "\"boot@started=1\": only power-cut takes a step after @"),
         ] {

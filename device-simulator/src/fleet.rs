@@ -5,7 +5,8 @@ use crate::device::{Device, DeviceSpec, Phase};
 use crate::faults::FaultTiming;
 use crate::{download, install_crypto_provider};
 use ed25519_dalek::VerifyingKey;
-use protocol::{ProtocolName, ThingName};
+use protocol::settings::{self, SettingCommand, SettingValue, Settings};
+use protocol::{ProtocolName, SettingName, ThingName};
 use serde::Serialize;
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -36,6 +37,8 @@ pub struct FleetOptions {
     pub step_delay: Duration,
     /// How long after its first connection a device announces its first boot.
     pub first_boot_delay: Duration,
+    /// How long after a setting has come a device answers it.
+    pub answer_delay: Duration,
     /// What images must be signed with; none: signatures are not looked at.
     pub public_key: Option<VerifyingKey>,
     /// How strong the faults are.
@@ -43,7 +46,7 @@ pub struct FleetOptions {
 }
 
 impl FleetOptions {
-    /// The defaults of the command line, for a broker.
+    /// The defaults of the command line for a fleet.
     pub fn new(endpoint: Endpoint) -> Self {
         Self {
             endpoint,
@@ -52,6 +55,7 @@ impl FleetOptions {
             upgrades: 1,
             step_delay: Duration::from_secs(1),
             first_boot_delay: Duration::from_secs(30),
+            answer_delay: Duration::from_secs(1),
             public_key: None,
             fault_timing: FaultTiming::default(),
         }
@@ -103,6 +107,15 @@ pub enum DeviceUpdate {
     },
     /// An operation has ended.
     Ended(EndedUpgrade),
+    /// A device has taken a setting over.
+    Applied {
+        /// The device.
+        thing: ThingName,
+        /// Which setting.
+        name: SettingName,
+        /// What it is set to now.
+        value: SettingValue,
+    },
 }
 
 /// A fleet cannot start.
@@ -135,6 +148,10 @@ struct Board {
     phases: Vec<Phase>,
     /// What each device runs.
     versions: Vec<String>,
+    /// What each device is set to.
+    settings: Vec<Settings>,
+    /// How many settings each device has taken over.
+    applied: Vec<usize>,
     ended: Vec<EndedUpgrade>,
     /// By device.
     ended_count: Vec<usize>,
@@ -160,6 +177,20 @@ impl Context {
 
     pub(crate) fn set_version(&self, device: usize, version: String) {
         self.board().versions[device] = version;
+    }
+
+    pub(crate) fn set_settings(&self, device: usize, settings: Settings) {
+        self.board().settings[device] = settings;
+    }
+
+    pub(crate) fn applied(&self, device: usize, command: &SettingCommand) {
+        let SettingCommand { name, value, .. } = command;
+        let mut board = self.board();
+        board.settings[device].insert(name.clone(), value.clone());
+        board.applied[device] += 1;
+        drop(board);
+        let thing = self.things[device].clone();
+        let _ = self.updates.send(DeviceUpdate::Applied { thing, name: name.clone(), value: value.clone() });
     }
 
     pub(crate) fn ended(&self, device: usize, ended: EndedUpgrade) {
@@ -238,7 +269,7 @@ impl Fleet {
             if by_thing.insert(spec.thing.clone(), index).is_some() {
                 return Err(StartError(format!("the thing {} is named twice", spec.thing)));
             }
-            let connection = Arc::new(settings(&spec, &context, &trust, &handshakes)?);
+            let connection = Arc::new(connection(&spec, &context, &trust, &handshakes)?);
             devices.push(Arc::new(device(index, spec, Arc::clone(&context), connection)));
         }
         let tasks = devices.iter().map(|device| Some(tokio::spawn(Arc::clone(device).run()))).collect();
@@ -260,6 +291,22 @@ impl Fleet {
     pub fn version(&self, thing: &ThingName) -> Option<String> {
         let index = *self.by_thing.get(thing)?;
         Some(self.context.board().versions[index].clone())
+    }
+
+    /// What a device is set to, as its storage says.
+    pub fn settings(&self, thing: &ThingName) -> Settings {
+        let index = self.by_thing.get(thing);
+        index.map(|&index| self.context.board().settings[index].clone()).unwrap_or_default()
+    }
+
+    /// How many settings a device has taken over in this run; repeats of an operation do not count.
+    pub fn applied(&self, thing: &ThingName) -> usize {
+        self.by_thing.get(thing).map(|&index| self.context.board().applied[index]).unwrap_or_default()
+    }
+
+    /// How many settings all devices have taken over in this run.
+    pub fn total_applied(&self) -> usize {
+        self.context.board().applied.iter().sum()
     }
 
     /// What has ended so far, in that order.
@@ -327,6 +374,8 @@ fn context(options: FleetOptions, specs: &[DeviceSpec]) -> Result<Context, Start
     let board = Board {
         phases: vec![Phase::Offline; specs.len()],
         versions: specs.iter().map(|spec| spec.firmware_version.clone()).collect(),
+        settings: vec![Settings::new(); specs.len()],
+        applied: vec![0; specs.len()],
         ended_count: vec![0; specs.len()],
         ..Board::default()
     };
@@ -341,7 +390,7 @@ fn context(options: FleetOptions, specs: &[DeviceSpec]) -> Result<Context, Start
     })
 }
 
-fn settings(
+fn connection(
     spec: &DeviceSpec,
     context: &Arc<Context>,
     trust: &Trust,
@@ -354,7 +403,7 @@ fn settings(
         thing: spec.thing.clone(),
         endpoint,
         tls,
-        filter: spec.protocol.encoding().command_filter(&spec.thing),
+        filters: vec![spec.protocol.encoding().command_filter(&spec.thing), settings::request_topic(&spec.thing)],
         handshakes: Arc::clone(handshakes),
         on_failure: Box::new(move |why| context.connection_failed(why)),
     })
@@ -365,5 +414,14 @@ fn device(index: usize, spec: DeviceSpec, context: Arc<Context>, connection: Arc
         Some(parent) => parent.join(spec.thing.as_str()),
         None => spec.certificates.clone(),
     };
-    Device { index, spec, context, connection, folder, held: Mutex::new(None), was_cut: AtomicBool::new(false) }
+    Device {
+        index,
+        spec,
+        context,
+        connection,
+        folder,
+        held: Mutex::new(None),
+        was_cut: AtomicBool::new(false),
+        has_left: AtomicBool::new(false),
+    }
 }

@@ -1,7 +1,8 @@
 //! Simulated `IoT` devices: real MQTT over mutual TLS, real downloads, A/B slots on disk, and faults on request.
 //!
 //! [`Fleet`] runs devices inside a program (tests do), the binary of the same name runs them from a shell.
-//! [`provision`] makes and removes their things, keys and certificates in the registry.
+//! [`provision`] makes and removes their things, keys and certificates in the registry, and [`settings_api`] is a
+//! third party's server with their users' settings.
 
 mod connection;
 mod device;
@@ -10,6 +11,8 @@ pub mod faults;
 mod fleet;
 pub mod progress;
 pub mod provision;
+mod settings;
+pub mod settings_api;
 mod storage;
 
 pub use connection::Endpoint;

@@ -65,17 +65,18 @@ impl Display {
             redraw.tick().await;
             let ended = fleet.ended();
             self.bar.set_position(ended.len() as u64);
-            self.bar.set_message(summary(fleet.phases(), &ended));
+            self.bar.set_message(summary(fleet.phases(), &ended, fleet.total_applied()));
         }
     }
 }
 
 /// Counts by phase and outcome, without those that are zero.
-fn summary(phases: [usize; Phase::ALL.len()], ended: &[EndedUpgrade]) -> String {
+fn summary(phases: [usize; Phase::ALL.len()], ended: &[EndedUpgrade], applied: usize) -> String {
     let mut parts: Vec<_> = Phase::ALL.iter().zip(phases).map(|(phase, count)| (phase.name(), count)).collect();
     parts.push(("succeeded", count(ended, Outcome::Succeeded)));
     parts.push(("failed", count(ended, Outcome::Failed)));
     parts.push(("cancelled", count(ended, Outcome::Cancelled)));
+    parts.push(("settings applied", applied));
     let shown: Vec<_> =
         parts.into_iter().filter(|(_, count)| *count > 0).map(|(name, count)| format!("{count} {name}")).collect();
     shown.join(", ")
@@ -110,6 +111,7 @@ mod tests {
 
     #[test]
     fn a_summary_leaves_out_what_is_not_there() {
-        assert_eq!(summary([0, 3, 0, 2, 0, 0, 0], &[]), "3 idle, 2 downloading");
+        assert_eq!(summary([0, 3, 0, 2, 0, 0, 0], &[], 0), "3 idle, 2 downloading");
+        assert_eq!(summary([0, 3, 0, 0, 0, 0, 0], &[], 6), "3 idle, 6 settings applied");
     }
 }

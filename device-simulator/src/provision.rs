@@ -26,6 +26,9 @@ const CREATED_BY: (&str, &str) = ("createdBy", "device-simulator");
 /// How often a thing or certificate is tried to be removed: detaching takes the registry a moment.
 const REMOVALS: u32 = 6;
 
+/// The attribute that links a thing to its user's settings.
+const EXTERNAL_ID: &str = "externalId";
+
 const ALREADY_EXISTS: &str = "ResourceAlreadyExistsException";
 const CERTIFICATE_STATE: &str = "CertificateStateException";
 const DELETE_CONFLICT: &str = "DeleteConflictException";
@@ -101,6 +104,9 @@ pub struct ProvisionOptions {
     pub firmware_version: String,
     /// The folder to which each device's folder is added.
     pub certificates: PathBuf,
+    /// What the attribute `externalId` of each becomes, by which a third party knows its user; `{thing}` stands for
+    /// the thing's name. None: they get no such attribute.
+    pub external_id: Option<String>,
     /// The policy for their certificates.
     pub policy: DevicePolicy,
     /// The thing group that they join, made if it is missing.
@@ -122,6 +128,10 @@ impl DevicePolicy {
             Self::Existing(name) | Self::Own(name) => name,
         }
     }
+}
+
+fn external_id(template: &str, thing: &ThingName) -> String {
+    template.replace("{thing}", thing.as_str())
 }
 
 /// The names `{prefix}-0001` and so on.
@@ -216,25 +226,36 @@ impl Provisioning {
 
     /// Returns what the ARNs of this account and Region begin with.
     async fn create_thing(&self, identity: &Identity) -> Result<String, ProvisionError> {
+        let external_id = self.options.external_id.as_ref().map(|template| external_id(template, &identity.thing));
         let attributes = AttributePayload::builder()
             .attributes("protocol", identity.protocol.to_string())
-            .attributes("firmwareVersion", &identity.firmware_version)
-            .build();
+            .attributes("firmwareVersion", &identity.firmware_version);
+        let attributes = external_id.iter().fold(attributes, |attributes, id| attributes.attributes(EXTERNAL_ID, id));
         let name = identity.thing.as_str();
-        let created = self.client.create_thing().thing_name(name).attribute_payload(attributes).send().await;
+        let created = self.client.create_thing().thing_name(name).attribute_payload(attributes.build()).send().await;
         let arn = match created {
             Ok(created) => created.thing_arn,
             // It has been upgraded since, so its attributes are others.
-            Err(error) if has_code(&error, ALREADY_EXISTS) => {
-                let existing = self.client.describe_thing().thing_name(name).send().await;
-                existing.map_err(failed(format!("the thing {name} cannot be read")))?.thing_arn
-            }
+            Err(error) if has_code(&error, ALREADY_EXISTS) => self.keep_thing(name, external_id).await?,
             Err(error) => return Err(failed(format!("the thing {name} cannot be created"))(error)),
         };
         let arn = arn.unwrap_or_default();
         arn.strip_suffix(&format!(":thing/{name}"))
             .map(str::to_owned)
             .ok_or_else(|| ProvisionError::new(format!("the thing {name} has an unexpected ARN"), arn))
+    }
+
+    /// Leaves an existing thing as it is, but for an external id that it lacks. Returns its ARN.
+    async fn keep_thing(&self, name: &str, external_id: Option<String>) -> Result<Option<String>, ProvisionError> {
+        let existing = self.client.describe_thing().thing_name(name).send().await;
+        let existing = existing.map_err(failed(format!("the thing {name} cannot be read")))?;
+        let has_one = existing.attributes.is_some_and(|attributes| attributes.contains_key(EXTERNAL_ID));
+        if let Some(id) = external_id.filter(|_| !has_one) {
+            let attributes = AttributePayload::builder().attributes(EXTERNAL_ID, id).merge(true).build();
+            let update = self.client.update_thing().thing_name(name).attribute_payload(attributes).send().await;
+            update.map_err(failed(format!("the thing {name} gets no attribute {EXTERNAL_ID}")))?;
+        }
+        Ok(existing.thing_arn)
     }
 
     async fn ensure_policy(&self, arn_prefix: &str) -> Result<(), ProvisionError> {
@@ -353,9 +374,10 @@ async fn create_group(client: &Client, group: &str) -> Result<(), ProvisionError
 fn policy_document(arn_prefix: &str) -> String {
     const THING: &str = "${iot:Connection.Thing.ThingName}";
     let arn = |kind: &str, name: &str| format!("{arn_prefix}:{kind}/{}", name.replace("{thing}", THING));
-    let requests = ["devices/{thing}/firmware_req", "agents/{thing}/usp/request/*"];
+    let requests = ["devices/{thing}/firmware_req", "devices/{thing}/config_req", "agents/{thing}/usp/request/*"];
     let responses = [
         "devices/{thing}/firmware_resp",
+        "devices/{thing}/config_resp",
         "controllers/self::aws-dm-controller/agents/{thing}/response",
         "controllers/self::aws-dm-controller/agents/{thing}/reply",
     ];
@@ -629,7 +651,7 @@ async fn remove_group(client: &Client, name: &str) -> Result<bool, ProvisionErro
 #[cfg(test)]
 mod tests {
     use super::*;
-    use protocol::{OperationId, ReplyTo, Response, Step, StepOutcome};
+    use protocol::{OperationId, ReplyTo, Response, Step, StepOutcome, settings};
 
     #[test]
     fn a_cleanup_by_prefix_takes_only_numbered_names() {
@@ -685,7 +707,21 @@ mod tests {
             assert!(allows("iot:Publish", &format!("topic/{}", boot.topic)));
             assert_eq!(received.reply_to == ReplyTo::default(), name == ProtocolName::Json);
         }
-        assert!(!allows("iot:Publish", "topic/devices/sim-0002/firmware_resp"));
+        let [request, response] = [settings::request_topic(&thing), settings::response_topic(&thing)];
+        assert!(allows("iot:Subscribe", &format!("topicfilter/{request}")));
+        assert!(allows("iot:Receive", &format!("topic/{request}")));
+        assert!(allows("iot:Publish", &format!("topic/{response}")));
+        assert!(!allows("iot:Publish", &format!("topic/{request}")));
+        for other in ["firmware_resp", "config_resp"] {
+            assert!(!allows("iot:Publish", &format!("topic/devices/sim-0002/{other}")));
+        }
+    }
+
+    #[test]
+    fn an_external_id_names_its_thing() {
+        let thing: ThingName = "sim-0001".parse().unwrap();
+        assert_eq!(external_id("user-{thing}", &thing), "user-sim-0001");
+        assert_eq!(external_id("household", &thing), "household");
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //! Every change is one atomic rename, so that a power cut between any two writes leaves the state either
 //! before or after the change, and the running image untouched.
 
+use protocol::settings::{SettingCommand, Settings};
 use protocol::{DeviceFailure, Firmware, OperationId, ReplyTo, Step};
 use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
@@ -93,6 +94,9 @@ pub(crate) struct State {
     seen: VecDeque<OperationId>,
     /// Whether the first boot has been announced.
     pub(crate) announced: bool,
+    /// What the device is set to; devices of older versions have none.
+    #[serde(default)]
+    pub(crate) settings: Settings,
 }
 
 impl State {
@@ -105,6 +109,7 @@ impl State {
             operation: None,
             seen: VecDeque::new(),
             announced: false,
+            settings: Settings::new(),
         }
     }
 
@@ -127,8 +132,9 @@ impl State {
         self.installed(self.active).map(|image| image.version.clone()).unwrap_or_default()
     }
 
+    /// True for the running operation too, however many settings have come since it began.
     pub(crate) fn has_seen(&self, operation: &OperationId) -> bool {
-        self.seen.contains(operation)
+        self.seen.contains(operation) || self.operation.as_ref().is_some_and(|running| running.id == *operation)
     }
 
     pub(crate) fn see(&mut self, operation: &OperationId) {
@@ -220,6 +226,18 @@ impl Storage {
         self.disk.rename(&temporary, &path).map_err(StorageError::new("replace", &path))?;
         *current = next;
         Ok(())
+    }
+
+    /// Takes a setting over; false if the device has done so before, in this operation.
+    pub(crate) fn set(&self, command: &SettingCommand) -> Result<bool, StorageError> {
+        if self.lock().has_seen(&command.operation_id) {
+            return Ok(false);
+        }
+        self.update(|state| {
+            state.see(&command.operation_id);
+            state.settings.insert(command.name.clone(), command.value.clone());
+        })?;
+        Ok(true)
     }
 
     /// Where the download goes.
@@ -345,6 +363,8 @@ impl Disk {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use protocol::settings::SettingValue;
+    use serde_json::Number;
 
     const VERSION: &str = "2.0.0";
 
@@ -434,6 +454,55 @@ mod tests {
             storage.roll_back(OperationPhase::Activated).unwrap();
             assert_eq!(storage.state().version(), "1.0.0");
         }
+    }
+
+    fn setting(operation: &str, value: f64) -> SettingCommand {
+        let value = SettingValue::Number(Number::from_f64(value).unwrap());
+        SettingCommand { operation_id: operation.parse().unwrap(), name: "SET_TEMP".parse().unwrap(), value }
+    }
+
+    #[test]
+    fn a_setting_is_taken_over_once_an_operation_and_survives_power_cuts() {
+        let folder = tempfile::tempdir().unwrap();
+        let open = || Storage::open(folder.path(), "1.0.0").unwrap();
+        assert!(open().set(&setting("p1.SET_TEMP", 21.5)).unwrap());
+        assert!(open().set(&setting("p2.SET_TEMP", 18.0)).unwrap());
+        assert!(!open().set(&setting("p1.SET_TEMP", 21.5)).unwrap());
+        let command = setting("p2.SET_TEMP", 18.0);
+        assert_eq!(open().state().settings, Settings::from([(command.name, command.value)]));
+    }
+
+    #[test]
+    fn a_power_cut_while_a_setting_is_stored_leaves_it_to_be_set_again() {
+        for writes in 0..2 {
+            let folder = tempfile::tempdir().unwrap();
+            Storage::open(folder.path(), "1.0.0").unwrap();
+            let disk = Disk { power_cut_after: Some(writes.into()) };
+            let storage = Storage::open_on(disk, folder.path(), "1.0.0").unwrap();
+            assert!(storage.set(&setting("p1.SET_TEMP", 21.5)).is_err());
+            let storage = Storage::open(folder.path(), "1.0.0").unwrap();
+            assert!(storage.state().settings.is_empty());
+            assert!(storage.set(&setting("p1.SET_TEMP", 21.5)).unwrap());
+        }
+    }
+
+    #[test]
+    fn a_state_from_before_settings_is_still_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let old = r#"{"active": "a", "slotA": {"version": "1.4.0", "sha256": null}, "slotB": null, "operation": null,
+                      "seen": ["op-1"], "announced": true}"#;
+        fs::write(folder.path().join("state.json"), old).unwrap();
+        let state = Storage::open(folder.path(), "1.0.0").unwrap().state();
+        assert_eq!((state.version().as_str(), state.settings.len()), ("1.4.0", 0));
+    }
+
+    #[test]
+    fn many_settings_do_not_make_a_device_forget_its_upgrade() {
+        let folder = tempfile::tempdir().unwrap();
+        let storage = Storage::open(folder.path(), "1.0.0").unwrap();
+        storage.begin("op-1".parse().unwrap(), firmware(), ReplyTo::default(), 0).unwrap();
+        storage.update(|state| state.seen.clear()).unwrap();
+        assert!(storage.state().has_seen(&"op-1".parse().unwrap()));
     }
 
     #[test]

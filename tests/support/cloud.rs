@@ -8,6 +8,7 @@ use aws_smithy_http_client::{
     Builder,
     tls::{Provider, rustls_provider::CryptoMode},
 };
+use base64::{Engine, prelude::BASE64_STANDARD};
 use device_simulator::provision::{DevicePolicy, ProtocolMix, ProvisionOptions, numbered, provision};
 use device_simulator::{DeviceSpec, Endpoint, Faults, Fleet, FleetOptions};
 use protocol::ThingName;
@@ -124,6 +125,21 @@ impl Cloud {
 
     /// Registers `count` devices of a new name, in a group of that name: the group's ARN and the devices.
     pub async fn provision(&self, name: &str, count: usize, protocols: ProtocolMix) -> (String, Vec<DeviceSpec>) {
+        self.provision_with(name, count, protocols, None).await
+    }
+
+    /// The same with a settings profile each: `user-` and the thing's name.
+    pub async fn provision_with_profiles(&self, name: &str, count: usize) -> Vec<DeviceSpec> {
+        self.provision_with(name, count, ProtocolMix::Mixed, Some("user-{thing}".into())).await.1
+    }
+
+    async fn provision_with(
+        &self,
+        name: &str,
+        count: usize,
+        protocols: ProtocolMix,
+        external_id: Option<String>,
+    ) -> (String, Vec<DeviceSpec>) {
         let group = format!("{name}-{}", &uuid::Uuid::new_v4().simple().to_string()[..8]);
         let certificates = Self::folder(&group);
         let options = ProvisionOptions {
@@ -133,6 +149,7 @@ impl Cloud {
             certificates: certificates.clone(),
             policy: DevicePolicy::Existing(self.output("DevicePolicyName").to_owned()),
             thing_group: Some(group.clone()),
+            external_id,
         };
         provision(&self.iot, options, |_| ()).await.expect("the devices are registered");
         let described = self.iot.describe_thing_group().thing_group_name(&group).send().await.expect("the group");
@@ -141,10 +158,17 @@ impl Cloud {
 
     /// Runs devices, each for so many upgrades, and waits until they are connected.
     pub async fn run(devices: Vec<DeviceSpec>, upgrades: usize) -> Fleet {
+        Self::run_with(devices, upgrades, |_| ()).await
+    }
+
+    /// The same with options of the test's own.
+    pub async fn run_with(devices: Vec<DeviceSpec>, upgrades: usize, change: impl Fn(&mut FleetOptions)) -> Fleet {
         let mut options = FleetOptions::new(Self::endpoint());
         options.ca = Some(Self::ca());
         options.upgrades = upgrades;
         options.step_delay = Duration::from_millis(300);
+        options.answer_delay = Duration::from_millis(300);
+        change(&mut options);
         let fleet = Fleet::start(options, devices).expect("the devices start");
         fleet.connected(crate::PATIENCE).await.expect("the devices connect");
         fleet
@@ -229,6 +253,46 @@ impl Cloud {
         thing.attributes?.remove(name)
     }
 
+    /// The queue of that logical name.
+    pub async fn queue_url(&self, name: &str) -> String {
+        let urls = self.sqs.list_queues().send().await.expect("queues").queue_urls.unwrap_or_default();
+        urls.into_iter().find(|url| url.contains(name)).unwrap_or_else(|| panic!("no queue {name}"))
+    }
+
+    /// Puts a message of the broker's own into a queue, as the topic rule does: only the broker may publish below `$aws/`.
+    pub async fn deliver(&self, queue_name: &str, topic: &str, payload: &Value) {
+        let body = json!({"topic": topic, "payload": BASE64_STANDARD.encode(payload.to_string())}).to_string();
+        let send = self.sqs.send_message().queue_url(self.queue_url(queue_name).await).message_body(body);
+        send.send().await.expect("sent");
+    }
+
+    /// Whether everything in the queue has been handled.
+    pub async fn is_drained(&self, name: &str) -> bool {
+        use aws_sdk_sqs::types::QueueAttributeName::{
+            ApproximateNumberOfMessages, ApproximateNumberOfMessagesNotVisible,
+        };
+        let get = self.sqs.get_queue_attributes().queue_url(self.queue_url(name).await);
+        let get = get.attribute_names(ApproximateNumberOfMessages);
+        let get = get.attribute_names(ApproximateNumberOfMessagesNotVisible);
+        let attributes = get.send().await.expect("attributes").attributes.unwrap_or_default();
+        attributes.values().all(|count| count == "0")
+    }
+
+    /// How many dead letters hold this text.
+    pub async fn dead_letters(&self, text: &str) -> usize {
+        let mut found = 0;
+        loop {
+            let receive = self.sqs.receive_message().queue_url(self.output("DeadLetterQueueUrl"));
+            // Hidden for a moment, so that the next call brings others.
+            let receive = receive.max_number_of_messages(10).visibility_timeout(3);
+            let messages = receive.send().await.expect("the dead-letter queue").messages.unwrap_or_default();
+            if messages.is_empty() {
+                return found;
+            }
+            found += messages.iter().filter(|message| message.body().unwrap_or_default().contains(text)).count();
+        }
+    }
+
     /// Waits for the dead letter that holds this text: its error type.
     pub async fn dead_letter(&self, text: &str) -> String {
         eventually(&format!("a dead letter with {text}"), || async {
@@ -252,4 +316,25 @@ pub fn with_faults(devices: &mut [DeviceSpec], faults: impl IntoIterator<Item = 
     for (device, faults) in devices.iter_mut().zip(faults) {
         device.faults = faults;
     }
+}
+
+/// Kills the running processes of a Lambda function of this run's cloud, as a failing host would; how many.
+pub fn kill_functions(function: &str) -> usize {
+    let endpoint = std::env::var("AWS_ENDPOINT_URL").expect("AWS_ENDPOINT_URL");
+    let processes =
+        std::fs::read_dir("/proc").expect("/proc").filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    let ours = processes.filter(|pid| {
+        let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+        let environment = String::from_utf8_lossy(&environment).into_owned();
+        let has = |name: &str, value: &str| {
+            environment
+                .split('\0')
+                .any(|line| line.split_once('=').is_some_and(|(n, v)| n == name && v.contains(value)))
+        };
+        has("AWS_LAMBDA_FUNCTION_NAME", function) && has("AWS_ENDPOINT_URL", &endpoint)
+    });
+    ours.filter(|pid| {
+        std::process::Command::new("kill").args(["-9", pid]).status().is_ok_and(|status| status.success())
+    })
+    .count()
 }

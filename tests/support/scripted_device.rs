@@ -1,78 +1,37 @@
-//! A device that says only what a test tells it to say, over its own connection.
+//! A device of the firmware upgrade that says only what a test tells it to say, over its own connection.
 
-use crate::{Cloud, PATIENCE};
+use crate::MqttDevice;
 use device_simulator::DeviceSpec;
 use protocol::{
     Command, DeviceProtocol, OperationId, ProtocolName, Publication, ReceivedCommand, ReplyTo, Response, Step,
     StepOutcome, ThingName,
 };
-use rumqttc::{AsyncClient, Event, MqttOptions, Packet, QoS, Transport};
-use tokio::sync::mpsc;
+use rumqttc::QoS;
 
 /// A connected device.
 pub struct ScriptedDevice {
     /// Its name.
     pub thing: ThingName,
     protocol: ProtocolName,
-    client: AsyncClient,
-    commands: mpsc::UnboundedReceiver<ReceivedCommand>,
-    connection: tokio::task::JoinHandle<()>,
-}
-
-impl Drop for ScriptedDevice {
-    fn drop(&mut self) {
-        self.connection.abort();
-    }
+    device: MqttDevice,
 }
 
 impl ScriptedDevice {
     /// Connects with the device's certificate and subscribes to its commands.
     pub async fn connect(device: &DeviceSpec) -> Self {
-        let read = |path: std::path::PathBuf| {
-            std::fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
-        };
-        let identity =
-            (read(device.certificates.join("certificate.pem")), read(device.certificates.join("private.key")));
-        let endpoint = std::env::var("FLEETFLOW_MQTT_ENDPOINT").expect("FLEETFLOW_MQTT_ENDPOINT");
-        let (host, port) = endpoint.split_once(':').expect("host:port");
-        let mut options = MqttOptions::new(device.thing.as_str(), host, port.parse().expect("a port"));
-        options.set_transport(Transport::tls(read(Cloud::ca()), Some(identity), None));
-        options.set_clean_session(false);
-        options.set_max_packet_size(256 * 1024, 256 * 1024);
-        let (client, mut events) = AsyncClient::new(options, 64);
-        client
-            .subscribe(device.protocol.encoding().command_filter(&device.thing), QoS::AtLeastOnce)
-            .await
-            .expect("subscribe");
-        let (received, commands) = mpsc::unbounded_channel();
-        let (subscribed, ready) = tokio::sync::oneshot::channel();
-        let protocol = device.protocol;
-        let connection = tokio::spawn(async move {
-            let mut subscribed = Some(subscribed);
-            loop {
-                match events.poll().await {
-                    Ok(Event::Incoming(Packet::SubAck(_))) => {
-                        let _ = subscribed.take().map(|subscribed| subscribed.send(()));
-                    }
-                    Ok(Event::Incoming(Packet::Publish(message))) => {
-                        if let Ok(Some(command)) = protocol.encoding().decode_command(&message.topic, &message.payload)
-                        {
-                            let _ = received.send(command);
-                        }
-                    }
-                    Ok(_) => {}
-                    Err(_) => tokio::time::sleep(std::time::Duration::from_millis(200)).await,
-                }
-            }
-        });
-        tokio::time::timeout(PATIENCE, ready).await.expect("the device connects in time").expect("the device connects");
-        Self { thing: device.thing.clone(), protocol, client, commands, connection }
+        let mut connected = MqttDevice::connect(device, false).await;
+        connected.subscribe(device.protocol.encoding().command_filter(&device.thing), QoS::AtLeastOnce).await;
+        Self { thing: device.thing.clone(), protocol: device.protocol, device: connected }
     }
 
     /// The next command.
     pub async fn command(&mut self) -> ReceivedCommand {
-        let next = tokio::time::timeout(PATIENCE, self.commands.recv());
-        next.await.unwrap_or_else(|_| panic!("{} waited in vain for a command", self.thing)).expect("connected")
+        loop {
+            let message = self.device.message().await;
+            if let Ok(Some(command)) = self.protocol.encoding().decode_command(&message.topic, &message.payload) {
+                return command;
+            }
+        }
     }
 
     /// The next command, which must be a download: its operation, and where to answer.
@@ -97,7 +56,7 @@ impl ScriptedDevice {
 
     /// Publishes whatever it is.
     pub async fn publish(&self, message: Publication) {
-        self.client.publish(message.topic, QoS::AtLeastOnce, false, message.payload).await.expect("publish");
+        self.device.publish(message).await;
     }
 
     /// How it encodes its messages.

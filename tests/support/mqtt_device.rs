@@ -1,0 +1,113 @@
+//! A bare MQTT client with a device's certificate: it does what a test says and nothing else.
+
+use crate::{Cloud, PATIENCE};
+use device_simulator::DeviceSpec;
+use protocol::settings::{SettingCommand, SettingOutcome, SettingResponse, request_topic};
+use protocol::{OperationId, Publication, SettingName, ThingName};
+use rumqttc::{AsyncClient, Event, MqttOptions, Packet, Publish, QoS, Transport};
+use std::time::{Duration, Instant};
+use tokio::sync::mpsc;
+
+/// A connected device.
+pub struct MqttDevice {
+    /// Its name.
+    pub thing: ThingName,
+    client: AsyncClient,
+    messages: mpsc::UnboundedReceiver<Publish>,
+    subscriptions: mpsc::UnboundedReceiver<()>,
+    connection: tokio::task::JoinHandle<()>,
+}
+
+impl Drop for MqttDevice {
+    fn drop(&mut self) {
+        self.connection.abort();
+    }
+}
+
+impl MqttDevice {
+    /// Connects with the device's certificate, as a new session if it shall be clean.
+    pub async fn connect(device: &DeviceSpec, clean_session: bool) -> Self {
+        let read = |path: std::path::PathBuf| {
+            std::fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+        };
+        let identity =
+            (read(device.certificates.join("certificate.pem")), read(device.certificates.join("private.key")));
+        let endpoint = std::env::var("FLEETFLOW_MQTT_ENDPOINT").expect("FLEETFLOW_MQTT_ENDPOINT");
+        let (host, port) = endpoint.split_once(':').expect("host:port");
+        let mut options = MqttOptions::new(device.thing.as_str(), host, port.parse().expect("a port"));
+        options.set_transport(Transport::tls(read(Cloud::ca()), Some(identity), None));
+        options.set_clean_session(clean_session);
+        options.set_max_packet_size(256 * 1024, 256 * 1024);
+        let (client, mut events) = AsyncClient::new(options, 64);
+        let (received, messages) = mpsc::unbounded_channel();
+        let (subscribed, subscriptions) = mpsc::unbounded_channel();
+        let (connected, mut connections) = mpsc::unbounded_channel();
+        let connection = tokio::spawn(async move {
+            loop {
+                match events.poll().await {
+                    Ok(Event::Incoming(Packet::ConnAck(_))) => drop(connected.send(())),
+                    Ok(Event::Incoming(Packet::SubAck(_))) => drop(subscribed.send(())),
+                    Ok(Event::Incoming(Packet::Publish(message))) => drop(received.send(message)),
+                    Ok(_) => {}
+                    Err(_) => tokio::time::sleep(Duration::from_millis(200)).await,
+                }
+            }
+        });
+        let online = tokio::time::timeout(PATIENCE, connections.recv()).await;
+        online.expect("the device connects in time").expect("the device connects");
+        Self { thing: device.thing.clone(), client, messages, subscriptions, connection }
+    }
+
+    /// Subscribes and waits until the broker has confirmed it.
+    pub async fn subscribe(&mut self, filter: String, qos: QoS) {
+        self.client.subscribe(filter, qos).await.expect("subscribe");
+        let confirmed = tokio::time::timeout(PATIENCE, self.subscriptions.recv()).await;
+        confirmed.expect("the subscription is confirmed in time").expect("connected");
+    }
+
+    /// The next message.
+    pub async fn message(&mut self) -> Publish {
+        let next = tokio::time::timeout(PATIENCE, self.messages.recv()).await;
+        next.unwrap_or_else(|_| panic!("{} waited in vain for a message", self.thing)).expect("connected")
+    }
+
+    /// Publishes whatever it is.
+    pub async fn publish(&self, message: Publication) {
+        self.client.publish(message.topic, QoS::AtLeastOnce, false, message.payload).await.expect("publish");
+    }
+
+    /// Connects in a new session and listens for settings, as a device of the field does: at `QoS` 0.
+    pub async fn listening(device: &DeviceSpec) -> Self {
+        let mut connected = Self::connect(device, true).await;
+        connected.subscribe(request_topic(&device.thing), QoS::AtMostOnce).await;
+        connected
+    }
+
+    /// The next command to set something.
+    pub async fn setting(&mut self) -> SettingCommand {
+        let message = self.message().await;
+        SettingCommand::decode(&message.payload).expect("a command")
+    }
+
+    /// Every command to set something that comes within this time.
+    pub async fn settings_within(&mut self, time: Duration) -> Vec<SettingCommand> {
+        let end = Instant::now() + time;
+        let mut commands = Vec::new();
+        while let Ok(Some(message)) = tokio::time::timeout(end - Instant::now(), self.messages.recv()).await {
+            commands.push(SettingCommand::decode(&message.payload).expect("a command"));
+        }
+        commands
+    }
+
+    /// Says what has become of a setting.
+    pub async fn answer(&self, operation_id: &OperationId, name: &SettingName, outcome: SettingOutcome) {
+        let response = SettingResponse { operation_id: operation_id.clone(), name: name.clone(), outcome };
+        self.publish(response.encode(&self.thing, 0)).await;
+    }
+
+    /// Says that it has done what the command says.
+    pub async fn confirm(&self, command: &SettingCommand) {
+        let value = Some(command.value.clone());
+        self.answer(&command.operation_id, &command.name, SettingOutcome::Success { value }).await;
+    }
+}
