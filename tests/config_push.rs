@@ -6,9 +6,11 @@
 use aws_sdk_sfn::types::ExecutionStatus::{Failed, Succeeded};
 use device_simulator::settings_api::ApiFault;
 use device_simulator::{DeviceSpec, Fault, Faults};
+use fleet::devices::settings::{Push, SettingsTable};
+use fleet::workflows::rendezvous::Wait;
 use futures_util::future::join_all;
-use protocol::settings::{SettingCommand, SettingOutcome, SettingValue, response_topic};
-use protocol::{Publication, SettingName, ThingName};
+use protocol::settings::{SettingCommand, SettingOutcome, SettingResponse, SettingValue, Settings, response_topic};
+use protocol::{OperationId, Publication, SettingName, ThingName};
 use rumqttc::QoS;
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
@@ -488,6 +490,102 @@ async fn killed_functions_lose_no_push() {
     }
     killer.await.expect("each function was killed");
     fleet.stop().await;
+}
+
+/// What the table of settings should do to an item, in plain words.
+#[derive(Default)]
+struct Expected {
+    push: Option<Push>,
+    confirmed: Settings,
+}
+
+impl Expected {
+    /// What is sent; none if the push is an old one.
+    fn begin(&mut self, push: &Push) -> Option<Settings> {
+        if let Some(known) = &mut self.push {
+            if known.operation_id == push.operation_id {
+                if push.attempt < known.attempt {
+                    return None;
+                }
+                known.attempt = push.attempt;
+                known.task_token.clone_from(&push.task_token);
+                let answers = &known.answers;
+                return Some(
+                    known.wanted.clone().into_iter().filter(|(name, _)| !answers.contains_key(name)).collect(),
+                );
+            }
+            if push.connected_at < known.connected_at {
+                return None;
+            }
+        }
+        self.confirmed.retain(|name, _| !push.wanted.contains_key(name));
+        self.push = Some(push.clone());
+        Some(push.wanted.clone())
+    }
+
+    fn answer(&mut self, response: &SettingResponse) {
+        let Some(push) = self.push.as_mut().filter(|push| response.push().as_ref() == Some(&push.operation_id)) else {
+            return;
+        };
+        let Some(wanted) = push.wanted.get(&response.name) else { return };
+        if push.answers.contains_key(&response.name) {
+            return;
+        }
+        push.answers.insert(response.name.clone(), response.outcome.clone());
+        if let SettingOutcome::Success { value } = &response.outcome {
+            let value = value.clone().unwrap_or_else(|| wanted.clone());
+            self.confirmed.insert(response.name.clone(), value);
+        }
+    }
+}
+
+/// The conditions of the writes are the emulator's to evaluate: it does what the rules say, whatever comes in whatever order.
+#[tokio::test]
+#[ignore = "needs the local cloud: cargo xtask test"]
+async fn the_table_follows_the_rules_of_a_push() {
+    let cloud = Cloud::connect().await;
+    let table = SettingsTable::new(&cloud.config, cloud.output("SettingsTableName").to_owned());
+    let seed: u64 = std::env::var("FLEETFLOW_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(7);
+    println!("seed {seed} (set FLEETFLOW_SEED for another)");
+    let mut random = seed;
+    let mut next = |bound: u64| {
+        // A multiplicative congruential generator is random enough to choose among a few moves.
+        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (random >> 33) % bound
+    };
+    let names: Vec<SettingName> = ["SET_TEMP", "SET_MODE", "SET_LOCK"].map(|name| name.parse().unwrap()).into();
+    for _ in 0..60 {
+        let thing: ThingName = format!("table-{}", uuid::Uuid::new_v4().simple()).parse().unwrap();
+        let mut expected = Expected::default();
+        for _ in 0..12 {
+            let session = next(3);
+            let push: OperationId = format!("session-{session}").parse().unwrap();
+            let value = SettingValue::Number(next(4).into());
+            let name = names[usize::try_from(next(3)).unwrap()].clone();
+            if next(3) == 0 {
+                let wait = Wait {
+                    task_token: format!("token-{}", next(1000)),
+                    attempt: u32::try_from(next(3)).unwrap(),
+                    expected_version: None,
+                };
+                let wanted = [(name, value), (names[0].clone(), SettingValue::Boolean(true))].into();
+                let push = Push::new(push, i64::try_from(session).unwrap(), wait, wanted);
+                assert_eq!(table.begin(&thing, &push).await.ok(), expected.begin(&push));
+            } else {
+                let outcome = match next(3) {
+                    0 => SettingOutcome::Fail { error: "9".into() },
+                    1 => SettingOutcome::Success { value: None },
+                    _ => SettingOutcome::Success { value: Some(value) },
+                };
+                let operation_id = protocol::settings::operation_of(&push, &name).unwrap();
+                let response = SettingResponse { operation_id, name, outcome };
+                table.answer(&thing, &response).await.expect("an outcome");
+                expected.answer(&response);
+            }
+            assert_eq!(cloud.push_of(&thing).await, expected.push);
+            assert_eq!(table.confirmed(&thing).await, Ok(expected.confirmed.clone()));
+        }
+    }
 }
 
 /// Five hundred devices at once: each gets its settings, once, and nothing is left over.

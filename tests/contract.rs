@@ -171,7 +171,8 @@ fn every_task_has_a_deadline_a_retry_and_a_catch() {
 #[test]
 fn state_machines_use_no_names_but_those_of_rust_and_aws() {
     let ours: BTreeSet<&str> = ErrorName::ALL.into_iter().map(ErrorName::as_str).collect();
-    let of_aws = |name: &str| ["States.", "Lambda.", "Iot.", "Sns."].iter().any(|prefix| name.starts_with(prefix));
+    let of_aws =
+        |name: &str| ["States.", "Lambda.", "Iot.", "Sns.", "DynamoDB."].iter().any(|prefix| name.starts_with(prefix));
     let steps: BTreeSet<&str> = Step::ALL.into_iter().map(Step::name).collect();
     for (file, machine) in state_machines() {
         let mut errors = Vec::new();
@@ -230,13 +231,17 @@ fn rules_listen_where_devices_speak() {
         let sql = payload["Sql"].as_str().expect("Sql");
         assert!(payload["ErrorAction"].is_object(), "{name}: what a rule cannot deliver goes to the dead-letter queue");
         let filter = sql.split('\'').nth(3).expect("a topic filter");
+        if let Some(thing) = protocol::settings::thing_of_response(&filter.replacen('+', "gateway-1", 1)) {
+            assert_eq!(thing.as_str(), "gateway-1", "{name}");
+            heard.insert("settings".to_owned());
+        }
         if let Ok((protocol, thing)) = protocol_of_topic(&filter.replacen('+', "gateway-1", 1).replace('+', "response"))
         {
             assert_eq!(thing.as_str(), "gateway-1", "{name}");
             heard.insert(protocol.to_string());
         }
     }
-    assert_eq!(heard, BTreeSet::from(["json".to_owned(), "usp".to_owned()]));
+    assert_eq!(heard, BTreeSet::from(["json", "settings", "usp"].map(str::to_owned)));
 }
 
 #[test]
@@ -276,5 +281,125 @@ fn roles_allow_named_actions_on_named_resources() {
         );
     }
     let everything = read("template.yaml").lines().filter(|line| line.trim() == "Resource: \"*\"").count();
-    assert_eq!(everything, 2, "only log delivery and the account's IoT settings know no resources");
+    assert_eq!(
+        everything, 3,
+        "only log delivery (of two state machines) and the account's IoT settings know no resources"
+    );
+}
+
+/// The statements of a role's own policies and of those that are attached to it, as `action on resource`.
+fn allowed(function: &str) -> BTreeSet<String> {
+    let text = |value: &Value| {
+        value
+            .as_str()
+            .unwrap_or_default()
+            .replace("arn:${AWS::Partition}:", "")
+            .replace("${AWS::Region}:${AWS::AccountId}:", "")
+    };
+    let list = |value: &Value| if let Value::Array(items) = value { items.clone() } else { vec![value.clone()] };
+    let mut found = BTreeSet::new();
+    let mut add = |statement: &Value| {
+        for action in list(&statement["Action"]) {
+            for resource in list(&statement["Resource"]) {
+                found.insert(format!("{} on {}", text(&action), text(&resource)));
+            }
+        }
+    };
+    for policy in
+        resources("AWS::Serverless::Function")[function]["Properties"]["Policies"].as_array().expect("policies")
+    {
+        match policy.get("Statement") {
+            Some(statement) => add(statement),
+            // A policy template of SAM's, named after what it is for.
+            None => policy.as_object().expect("a template").iter().for_each(|(name, of)| {
+                let of = of.as_object().expect("its parameter").values().next().map(text).unwrap_or_default();
+                add(&serde_json::json!({"Action": name, "Resource": of}));
+            }),
+        }
+    }
+    for policy in resources("AWS::IAM::Policy").values() {
+        let policy = &policy["Properties"];
+        if list(&policy["Roles"]).contains(&Value::String(format!("{function}Role"))) {
+            list(&policy["PolicyDocument"]["Statement"]).iter().for_each(&mut add);
+        }
+    }
+    found
+}
+
+/// Beside each function of the configuration push stands what its code calls.
+#[test]
+fn a_role_allows_what_its_function_calls_and_nothing_else() {
+    let cases: [(&str, &[&str]); 5] = [
+        (
+            "GetDeviceSettingsFunction",
+            &["dynamodb:GetItem on SettingsTable.Arn", "secretsmanager:GetSecretValue on SettingsApiKeySecretArn"],
+        ),
+        (
+            "StartWorkflowFunction",
+            &[
+                "SQSPollerPolicy on JobNotificationsQueue.QueueName",
+                "SQSPollerPolicy on SessionsQueue.QueueName",
+                "SQSSendMessagePolicy on DeadLetterQueue.QueueName",
+                "states:StartExecution on ConfigPush",
+                "states:StartExecution on FirmwareUpgrade",
+            ],
+        ),
+        (
+            "TrackPresenceFunction",
+            &[
+                "SQSPollerPolicy on PresenceQueue.QueueName",
+                "SQSSendMessagePolicy on DeadLetterQueue.QueueName",
+                "SQSSendMessagePolicy on SessionsQueue.QueueName",
+                "dynamodb:GetItem on ConnectionsTable.Arn",
+                "dynamodb:UpdateItem on ConnectionsTable.Arn",
+                "dynamodb:UpdateItem on RendezvousTable.Arn",
+                "states:SendTaskFailure on FirmwareUpgrade",
+                "states:SendTaskSuccess on FirmwareUpgrade",
+            ],
+        ),
+        (
+            "HandleDeviceResponseFunction",
+            &[
+                "SNSPublishMessagePolicy on EventsTopic.TopicName",
+                "SQSPollerPolicy on DeviceResponsesQueue.QueueName",
+                "SQSSendMessagePolicy on DeadLetterQueue.QueueName",
+                "dynamodb:GetItem on RendezvousTable.Arn",
+                "dynamodb:UpdateItem on RendezvousTable.Arn",
+                "dynamodb:UpdateItem on SettingsTable.Arn",
+                "iot:Publish on iot:topic/agents/*/usp/request/*",
+                "states:SendTaskFailure on ConfigPush",
+                "states:SendTaskFailure on FirmwareUpgrade",
+                "states:SendTaskHeartbeat on FirmwareUpgrade",
+                "states:SendTaskSuccess on ConfigPush",
+                "states:SendTaskSuccess on FirmwareUpgrade",
+            ],
+        ),
+        (
+            "PublishToDeviceFunction",
+            &[
+                "dynamodb:UpdateItem on RendezvousTable.Arn",
+                "dynamodb:UpdateItem on SettingsTable.Arn",
+                "iot:Publish on iot:topic/agents/*/usp/request/*",
+                "iot:Publish on iot:topic/devices/*/config_req",
+                "iot:Publish on iot:topic/devices/*/firmware_req",
+                "s3:GetObject on ${FirmwareBucket.Arn}/*",
+                "states:SendTaskFailure on ConfigPush",
+                "states:SendTaskFailure on FirmwareUpgrade",
+                "states:SendTaskSuccess on ConfigPush",
+                "states:SendTaskSuccess on FirmwareUpgrade",
+            ],
+        ),
+    ];
+    for (function, expected) in cases {
+        let expected: BTreeSet<String> = expected.iter().map(|action| (*action).to_owned()).collect();
+        assert_eq!(allowed(function), expected, "{function}");
+    }
+}
+
+#[test]
+fn the_error_catalogue_has_every_name_and_no_other() {
+    let catalogue = read("docs/errors.md");
+    let rows = catalogue.lines().filter_map(|line| line.strip_prefix("| `")?.split('`').next());
+    let ours: BTreeSet<&str> = ErrorName::ALL.into_iter().map(ErrorName::as_str).collect();
+    assert_eq!(rows.collect::<BTreeSet<_>>(), ours);
 }

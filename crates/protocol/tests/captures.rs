@@ -157,6 +157,20 @@ fn what_belongs_to_other_workflows_is_no_answer_to_a_firmware_command() {
 }
 
 #[test]
+fn a_setting_and_its_confirmation() {
+    use protocol::settings::{SettingCommand, SettingOutcome, SettingResponse, thing_of_response};
+    let messages = recorded("config-1");
+    let find = |end: &str| messages.iter().find(|message| message.topic.ends_with(end)).unwrap();
+    let command = SettingCommand::decode(&find("/config_req").bytes()).unwrap();
+    assert_eq!((command.name.as_str(), command.value.to_string().as_str()), ("SET_TEMP", "24.84"));
+    let answer = find("/config_resp");
+    assert_eq!(thing_of_response(&answer.topic).unwrap().as_str(), "CM-Test");
+    let response = SettingResponse::decode(&answer.bytes()).unwrap();
+    assert_eq!((&response.operation_id, &response.name), (&command.operation_id, &command.name));
+    assert_eq!(response.outcome, SettingOutcome::Success { value: Some(command.value) });
+}
+
+#[test]
 fn a_step_that_no_workflow_knows_is_an_error() {
     let thing: ThingName = "gateway-1".parse().unwrap();
     let payload = br#"{"operationId":"job-1-1","name":"DEFRAGMENTED","type":"RESP","status":"SUCCESS"}"#;

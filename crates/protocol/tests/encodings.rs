@@ -144,6 +144,9 @@ proptest! {
             let _ = protocol.encoding().decode_report(&thing(), &bytes);
             let _ = protocol.encoding().decode_command(&topic, &bytes);
         }
+        let _ = protocol::settings::thing_of_response(&topic);
+        let _ = protocol::settings::SettingCommand::decode(&bytes);
+        let _ = protocol::settings::SettingResponse::decode(&bytes);
     }
 
     #[test]
@@ -161,5 +164,11 @@ proptest! {
             payload.truncate(length - cut % length);
             let _ = protocol.encoding().decode_report(&thing(), &payload);
         }
+        let mut payload =
+            br#"{"name":"SET_TEMP","operationId":"p.SET_TEMP","status":"SUCCESS","value":24.84,"error":0}"#.to_vec();
+        let length = payload.len();
+        payload[at % length] = value;
+        payload.truncate(length - cut % length);
+        let _ = protocol::settings::SettingResponse::decode(&payload).map(|response| response.push());
     }
 }

@@ -1,7 +1,7 @@
 //! The local cloud: `MiniStack` and Step Functions on ports of their own, healthy before anything uses them.
 
-use std::fmt::Write as _;
-use std::fs;
+use std::fs::{self, File};
+use std::io::Write as _;
 use std::net::TcpListener;
 use std::path::PathBuf;
 use std::process::Command;
@@ -16,6 +16,7 @@ use crate::process::{Interrupted, Kind, Process};
 use crate::project::{ACCOUNT, Project, REGION};
 use crate::python::Venvs;
 use crate::run::{Record, Run};
+use crate::settings_api::SettingsApi;
 
 /// The name of the stack; each run has a cloud of its own, so it need not be unique.
 pub(crate) const STACK: &str = "fleetflow";
@@ -32,6 +33,9 @@ pub(crate) struct UpOptions {
     /// A parameter of the template (may be repeated).
     #[arg(long = "parameter", value_name = "NAME=VALUE", value_parser = parameter)]
     parameters: Vec<(String, String)>,
+    /// Take settings from an API on a port of this machine, which `env` then names, instead of the simulated profile.
+    #[arg(long)]
+    settings_api: bool,
     #[command(flatten)]
     ports: FixedPorts,
 }
@@ -171,15 +175,19 @@ impl Cloud {
         fs::write(&self.ca, ca)?;
         let record = Record::new(&self.endpoint, &self.stepfunctions_endpoint, &self.mqtt, STACK, detached)?;
         self.run.record(record, &[("ministack", &self.ministack), ("stepfunctions", &self.stepfunctions)])?;
-        let exports = self.environment().into_iter().fold(String::new(), |mut text, (name, value)| {
-            // Writing to a string does not fail.
-            let _ = writeln!(text, "export {name}='{value}'");
-            text
-        });
         let path = format!("export PATH='{}':\"$PATH\"\n", self.venvs.build.folder.join("bin").display());
-        let unset = "unset AWS_PROFILE AWS_SESSION_TOKEN\n";
-        fs::write(self.run.file("env"), exports + unset + &path)?;
-        Ok(())
+        fs::write(self.run.file("env"), format!("unset AWS_PROFILE AWS_SESSION_TOKEN\n{path}"))?;
+        self.export(self.environment())
+    }
+
+    /// Adds variables to `env`.
+    fn export(&self, variables: impl IntoIterator<Item = (&'static str, String)>) -> Result<()> {
+        let path = self.run.file("env");
+        let write = || {
+            let mut file = File::options().append(true).open(&path)?;
+            variables.into_iter().try_for_each(|(name, value)| writeln!(file, "export {name}='{value}'"))
+        };
+        write().with_context(|| format!("{} cannot be written", path.display()))
     }
 
     /// The environment in which a program finds this cloud.
@@ -310,9 +318,18 @@ fn get(url: &str) -> Option<String> {
 /// Starts the cloud, deploys to it and stays, or leaves it running.
 pub(crate) fn up(project: &Project, options: &UpOptions) -> Result<()> {
     let cloud = Cloud::start(project, options.ports, options.detach)?;
-    deploy::deploy(project, &cloud, &options.parameters)?;
+    let settings_api = options.settings_api.then(SettingsApi::reserve).transpose()?;
+    let mut parameters = options.parameters.clone();
+    if let Some(api) = &settings_api {
+        parameters.extend(api.parameters(project, &cloud)?);
+        cloud.export(api.environment())?;
+    }
+    deploy::deploy(project, &cloud, &parameters)?;
     cloud.run.make_current(project)?;
     println!("{}", instructions(&cloud));
+    if let Some(api) = &settings_api {
+        println!("{}", settings_api_instructions(api));
+    }
     if options.detach {
         println!("\nIt runs in the background; `cargo xtask down` stops it.");
         cloud.leave();
@@ -352,5 +369,14 @@ Update them:
   aws s3 cp FIRMWARE-FILE s3://FIRMWARE-BUCKET-NAME/firmware/2.0.0
   sam remote invoke CreateJobFunction --stack-name {STACK} --event '{{\"firmwareVersion\": \"2.0.0\", \
 \"upgradeTrigger\": \"manual\", \"targetArn\": \"THING-GROUP-ARN\", \"artifact\": {{\"key\": \"firmware/2.0.0\"}}}}'"
+    )
+}
+
+fn settings_api_instructions(api: &SettingsApi) -> String {
+    format!(
+        "The settings API is expected on {}; the simulator has one:
+  SETTINGS_API_KEY=$FLEETFLOW_SETTINGS_API_KEY cargo run -p device-simulator -- settings-api \
+--listen $FLEETFLOW_SETTINGS_API",
+        api.address
     )
 }

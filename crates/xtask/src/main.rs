@@ -8,6 +8,7 @@ mod process;
 mod project;
 mod python;
 mod run;
+mod settings_api;
 mod test;
 
 use std::process::ExitCode;
@@ -34,7 +35,7 @@ enum Command {
     Up(cloud::UpOptions),
     /// Stop every local cloud of this checkout that still runs.
     Down,
-    /// Upgrade a fleet of simulated devices from end to end and show what became of each.
+    /// Show a workflow with a fleet of simulated devices from end to end, and what became of each.
     Demo(demo::DemoOptions),
     /// Check and test everything: format, lints, definitions, unit tests, end-to-end tests.
     Test(test::TestOptions),

@@ -11,6 +11,7 @@ use crate::console::Step;
 use crate::deploy;
 use crate::project::Project;
 use crate::python::Venvs;
+use crate::settings_api::SettingsApi;
 
 /// How long a step may take in the end-to-end tests: longer than a queue waits before it delivers again what a killed
 /// function had begun (a minute).
@@ -22,6 +23,7 @@ const TEST_PARAMETERS: &[(&str, &str)] = &[
     ("TransferTimeoutSeconds", STEP_TIMEOUT_SECONDS),
     ("InstallTimeoutSeconds", STEP_TIMEOUT_SECONDS),
     ("RebootTimeoutSeconds", STEP_TIMEOUT_SECONDS),
+    ("SettingTimeoutSeconds", "15"),
 ];
 
 /// What `test` takes.
@@ -111,10 +113,12 @@ fn definitions(project: &Project, passed: &mut Passed) -> Result<()> {
 
 fn end_to_end(project: &Project, filter: Option<&str>, passed: &mut Passed) -> Result<()> {
     let mut cloud = None;
+    // The tests are the settings API.
+    let settings_api = SettingsApi::reserve()?;
     passed.step("Local cloud", || {
         let started = Cloud::start(project, FixedPorts::default(), false)?;
-        let parameters: Vec<(String, String)> =
-            TEST_PARAMETERS.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        let mut parameters = deploy::parameters(TEST_PARAMETERS);
+        parameters.extend(settings_api.parameters(project, &started)?);
         deploy::deploy(project, &started, &parameters)?;
         cloud = Some(started);
         Ok(())
@@ -122,7 +126,8 @@ fn end_to_end(project: &Project, filter: Option<&str>, passed: &mut Passed) -> R
     let Some(cloud) = cloud else { return Ok(()) };
     // The same targets as in the step before: with others, features would unify otherwise and the SDK compile twice.
     let mut tests = cargo(project, &["test", "--workspace", "--tests", "--", "--ignored"]);
-    tests.args(filter).envs(cloud.environment()).env("FLEETFLOW_STEP_TIMEOUT_SECONDS", STEP_TIMEOUT_SECONDS);
+    tests.args(filter).envs(cloud.environment()).envs(settings_api.environment());
+    tests.env("FLEETFLOW_STEP_TIMEOUT_SECONDS", STEP_TIMEOUT_SECONDS);
     passed.command(project, "End-to-end tests", tests)?;
     passed.step("Stop the local cloud", || {
         drop(cloud);
