@@ -304,13 +304,16 @@ fn presence(thing: &str, kind: &str, session: &str, version: i64, timestamp: i64
     (format!("$aws/events/presence/{kind}/{thing}"), event)
 }
 
+/// Kind, session, version and time of a presence event.
+type Event = (&'static str, &'static str, i64, i64);
+
 /// Each case: what the broker says, event by event, and how many pushes are started.
 #[tokio::test]
 #[ignore = "needs the local cloud: cargo xtask test"]
 async fn the_presence_matrix() {
     let hour = 3_600_000;
     let (on, off) = ("connected", "disconnected");
-    let cases: Vec<(&str, Vec<(&str, &str, i64, i64)>, usize)> = vec![
+    let cases: Vec<(&str, Vec<Event>, usize)> = vec![
         ("one session", vec![(on, "a", 0, 1)], 1),
         ("its connect three times", vec![(on, "a", 0, 1), (on, "a", 0, 1), (on, "a", 0, 1)], 1),
         ("connect, disconnect", vec![(on, "a", 0, 1), (off, "a", 0, 2)], 1),
@@ -352,6 +355,9 @@ async fn the_presence_matrix() {
     assert_eq!(cloud.dead_letters(&format!("mqtt explorer {run}")).await, 0);
 }
 
+/// What goes wrong with requests for a profile, the profile, how its push ends, and how many requests that took.
+type ApiCase = (Vec<ApiFault>, Value, Result<f64, (&'static str, &'static str)>, usize);
+
 /// What the third party does wrong, and what becomes of it.
 #[tokio::test]
 #[ignore = "needs the local cloud: cargo xtask test"]
@@ -360,8 +366,7 @@ async fn the_settings_api_has_its_faults() {
     let devices = cloud.provision_with_profiles("api", 12).await;
     let busy = |seconds| ApiFault::TooManyRequests { retry_after: seconds };
     let ok = || Ok(21.0);
-    // Faults, profile, end, requests.
-    let cases: Vec<(Vec<ApiFault>, Value, Result<f64, (&str, &str)>, usize)> = vec![
+    let cases: Vec<ApiCase> = vec![
         (vec![busy(1)], temperature(21.0), ok(), 2),
         (vec![ApiFault::Status(500), ApiFault::Status(503)], temperature(21.0), ok(), 3),
         (vec![ApiFault::Slow(Duration::from_secs(7))], temperature(21.0), ok(), 2),
