@@ -16,7 +16,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::str::FromStr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 
@@ -198,12 +198,17 @@ impl SettingsApi {
 
     /// How many requests for an external id have come, whatever the answer.
     pub fn requests(&self, external_id: &str) -> usize {
-        self.shared.book().requests.get(external_id).copied().unwrap_or_default()
+        self.request_times(external_id).len()
+    }
+
+    /// When they came.
+    pub fn request_times(&self, external_id: &str) -> Vec<Instant> {
+        self.shared.book().requests.get(external_id).cloned().unwrap_or_default()
     }
 
     /// How many requests have come in all.
     pub fn total_requests(&self) -> usize {
-        self.shared.book().requests.values().sum()
+        self.shared.book().requests.values().map(Vec::len).sum()
     }
 }
 
@@ -233,7 +238,7 @@ struct Book {
     random_faults: Vec<(ApiFault, f64)>,
     random: StdRng,
     /// By external id.
-    requests: HashMap<String, usize>,
+    requests: HashMap<String, Vec<Instant>>,
 }
 
 impl Shared {
@@ -291,7 +296,7 @@ fn own_temperature(external_id: &str) -> Value {
 }
 
 async fn answer(State(shared): State<Arc<Shared>>, Path(id): Path<String>, headers: HeaderMap) -> Response {
-    *shared.book().requests.entry(id.clone()).or_default() += 1;
+    shared.book().requests.entry(id.clone()).or_default().push(Instant::now());
     if !shared.accepts(&headers) {
         return refusal(&id, StatusCode::UNAUTHORIZED, "the header x-api-key is missing or wrong");
     }

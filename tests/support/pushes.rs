@@ -6,6 +6,7 @@ use aws_sdk_sfn::types::{ExecutionListItem, ExecutionStatus};
 use device_simulator::settings_api::{SettingsApi, SettingsApiOptions};
 use fleet::devices::settings::Push;
 use protocol::ThingName;
+use protocol::settings::Settings;
 use serde_json::{Value, json};
 use std::sync::OnceLock;
 
@@ -96,11 +97,16 @@ impl Cloud {
 
     /// Starts a push by hand: its execution's ARN.
     pub async fn start_push(&self, thing: &ThingName, extra: Value) -> String {
+        self.start_push_of(self.output("ConfigPushArn"), thing, extra).await
+    }
+
+    /// The same by another state machine.
+    pub async fn start_push_of(&self, state_machine: &str, thing: &ThingName, extra: Value) -> String {
         let mut input = json!({"thingName": thing});
         if let (Value::Object(input), Value::Object(extra)) = (&mut input, extra) {
             input.extend(extra);
         }
-        let start = self.step_functions.start_execution().state_machine_arn(self.output("ConfigPushArn"));
+        let start = self.step_functions.start_execution().state_machine_arn(state_machine);
         let name = format!("{thing}-by-hand-{}", uuid::Uuid::new_v4().simple());
         start.name(name).input(input.to_string()).send().await.expect("started").execution_arn
     }
@@ -111,10 +117,14 @@ impl Cloud {
         Some(serde_dynamo::from_attribute_value(push).expect("a push"))
     }
 
-    /// What the thing has confirmed last of a setting.
-    pub async fn confirmed(&self, thing: &ThingName, setting: &str) -> Option<Value> {
-        let value = self.settings_item(thing).await?.remove(&format!("confirmed:{setting}"))?;
-        Some(serde_dynamo::from_attribute_value(value).expect("a value"))
+    /// What the thing has confirmed last.
+    pub async fn confirmed(&self, thing: &ThingName) -> Settings {
+        let item = self.settings_item(thing).await.unwrap_or_default().into_iter();
+        let confirmed = item.filter_map(|(name, value)| {
+            let name = name.strip_prefix("confirmed:")?.parse().expect("a setting");
+            Some((name, serde_dynamo::from_attribute_value(value).expect("a value")))
+        });
+        confirmed.collect()
     }
 
     async fn settings_item(&self, thing: &ThingName) -> Option<std::collections::HashMap<String, AttributeValue>> {

@@ -6,12 +6,15 @@
 use crate::device::{ErrorBody, check_size, thing_between};
 use crate::{DecodeError, OperationId, Publication, SettingName, ThingName};
 use serde::{Deserialize, Serialize};
-use serde_json::Number;
+use serde_json::{Number, Value, json};
 use std::collections::BTreeMap;
 use std::fmt;
 
 /// How far two numbers may be apart, relative to their size, and still be the same: devices compute in single precision.
 const PRECISION: f64 = 1e-6;
+
+/// How long a value or a device's error may be, in characters: they are kept and shown.
+const MAX_TEXT_CHARACTERS: usize = 1024;
 
 /// Named settings with their values.
 pub type Settings = BTreeMap<SettingName, SettingValue>;
@@ -69,7 +72,8 @@ pub fn thing_of_response(topic: &str) -> Option<ThingName> {
 }
 
 /// The command to set one setting.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub struct SettingCommand {
     /// The operation that the answer names.
     pub operation_id: OperationId,
@@ -79,37 +83,29 @@ pub struct SettingCommand {
     pub value: SettingValue,
 }
 
-#[derive(Serialize, Deserialize)]
+#[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
-struct Request {
-    operation_id: OperationId,
-    name: SettingName,
-    #[serde(rename = "type", default)]
-    kind: Option<String>,
-    value: SettingValue,
-    #[serde(default)]
-    timestamp: Option<i64>,
+struct Request<'a> {
+    operation_id: &'a OperationId,
+    name: &'a SettingName,
+    #[serde(rename = "type")]
+    kind: &'a str,
+    value: &'a SettingValue,
+    timestamp: i64,
 }
 
 impl SettingCommand {
     /// The message for a thing. `now` is in Unix milliseconds.
     pub fn encode(&self, thing: &ThingName, now: i64) -> Publication {
-        let request = Request {
-            operation_id: self.operation_id.clone(),
-            name: self.name.clone(),
-            kind: Some("REQ".into()),
-            value: self.value.clone(),
-            timestamp: Some(now),
-        };
+        let Self { operation_id, name, value } = self;
+        let request = Request { operation_id, name, kind: "REQ", value, timestamp: now };
         publication(request_topic(thing), &request)
     }
 
     /// Reads the message on the device.
     pub fn decode(payload: &[u8]) -> Result<Self, DecodeError> {
         check_size(payload)?;
-        let Request { operation_id, name, value, .. } =
-            serde_json::from_slice(payload).map_err(|error| DecodeError::malformed("config_req", error))?;
-        Ok(Self { operation_id, name, value })
+        serde_json::from_slice(payload).map_err(|error| DecodeError::malformed("config_req", error))
     }
 }
 
@@ -148,21 +144,17 @@ enum Status {
     Fail,
 }
 
-/// `type` and `timestamp` may be missing: old devices do not send them.
-#[derive(Serialize, Deserialize)]
+/// Of the answer, what the cloud has to know. (Old devices leave `type` and `timestamp` out.)
+#[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Answer {
     name: SettingName,
-    #[serde(rename = "type", default)]
-    kind: Option<String>,
     operation_id: OperationId,
     status: Status,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    value: Option<SettingValue>,
+    #[serde(default)]
+    value: Option<Value>,
     #[serde(default, deserialize_with = "error_text")]
     error: Option<String>,
-    #[serde(default)]
-    timestamp: Option<i64>,
 }
 
 fn error_text<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
@@ -181,12 +173,12 @@ impl SettingResponse {
             SettingOutcome::Success { value } => (Status::Success, value.clone(), "0".to_owned()),
             SettingOutcome::Fail { error } => (Status::Fail, None, error.clone()),
         };
-        let mut answer = serde_json::json!({
+        let mut answer = json!({
             "name": self.name, "type": "RESP", "operationId": self.operation_id, "status": status, "error": error,
             "timestamp": now,
         });
         if let Some(value) = value {
-            answer["value"] = serde_json::json!(value);
+            answer["value"] = json!(value);
         }
         // The reference device's error codes are numbers, 0 for none.
         if let Ok(code) = error.parse::<i64>() {
@@ -201,10 +193,24 @@ impl SettingResponse {
         let answer: Answer =
             serde_json::from_slice(payload).map_err(|error| DecodeError::malformed("config_resp", error))?;
         let outcome = match answer.status {
-            Status::Success => SettingOutcome::Success { value: answer.value },
-            Status::Fail => SettingOutcome::Fail { error: answer.error.unwrap_or_default() },
+            Status::Success => SettingOutcome::Success { value: answer.value.map(setting_value).transpose()? },
+            // A failure is one whatever value comes with it.
+            Status::Fail => {
+                let error = answer.error.unwrap_or_default();
+                SettingOutcome::Fail { error: error.chars().take(MAX_TEXT_CHARACTERS).collect() }
+            }
         };
         Ok(Self { operation_id: answer.operation_id, name: answer.name, outcome })
+    }
+}
+
+fn setting_value(value: Value) -> Result<SettingValue, DecodeError> {
+    match serde_json::from_value(value) {
+        Ok(SettingValue::Text(text)) if text.chars().count() > MAX_TEXT_CHARACTERS => {
+            Err(DecodeError::malformed("value", format!("expected at most {MAX_TEXT_CHARACTERS} characters")))
+        }
+        Ok(value) => Ok(value),
+        Err(_) => Err(DecodeError::malformed("value", "expected a number, a text or a boolean")),
     }
 }
 
@@ -272,15 +278,25 @@ mod tests {
             br#"{"name":"SET_TEMP","operationId":"p.SET_TEMP","status":"FAIL","error":{"code":"E3","message":"hot"}}"#;
         let response = SettingResponse::decode(old).unwrap();
         assert_eq!(response.outcome, SettingOutcome::Fail { error: "E3: hot".into() });
+        let odd =
+            br#"{"name":"SET_TEMP","operationId":"p.SET_TEMP","status":"FAIL","type":1,"timestamp":"17","value":{}}"#;
+        assert_eq!(SettingResponse::decode(odd).unwrap().outcome, SettingOutcome::Fail { error: String::new() });
+        let long = |status: &str| {
+            let text = "x".repeat(2000);
+            let answer = json!({"name": "A", "operationId": "p.A", "status": status, "value": text, "error": text});
+            SettingResponse::decode(answer.to_string().as_bytes())
+        };
+        assert_eq!(long("FAIL").unwrap().outcome, SettingOutcome::Fail { error: "x".repeat(1024) });
+        assert!(long("SUCCESS").unwrap_err().to_string().contains("at most 1024 characters"));
         for (payload, error) in [
             (r#"{"name":"SET_TEMP","status":"SUCCESS"}"#, "missing field `operationId`"),
             (r#"{"name":"SET_TEMP","operationId":"p.SET_TEMP","status":"success"}"#, "unknown variant `success`"),
             (r#"{"name":"SET/TEMP","operationId":"p.SET_TEMP","status":"FAIL"}"#, "is no setting name"),
-            (r#"{"name":"SET_TEMP","operationId":"p.SET_TEMP","status":"SUCCESS","value":[1]}"#, "did not match"),
+            (r#"{"name":"SET_TEMP","operationId":"p.SET_TEMP","status":"SUCCESS","value":[1]}"#, "expected a number"),
             ("21.5", "invalid type"),
         ] {
             let found = SettingResponse::decode(payload.as_bytes()).unwrap_err().to_string();
-            assert!(found.starts_with("config_resp: ") && found.contains(error), "{found}");
+            assert!(found.contains(error), "{found}");
         }
         let large = vec![b' '; crate::MAX_PAYLOAD_BYTES + 1];
         assert_eq!(SettingResponse::decode(&large), Err(DecodeError::TooLarge(large.len())));

@@ -12,6 +12,11 @@ use serde_json::Value;
 /// The settings that there are, with their limits.
 const SCHEMA: &str = include_str!("../../settings.schema.json");
 
+/// How much of a finding about a setting is told, and of all findings: Step Functions cuts the cause of an error that is
+/// too long, in the middle of its JSON.
+const MAX_FINDING_CHARACTERS: usize = 200;
+const MAX_FINDINGS: usize = 10;
+
 /// What the handler reaches.
 #[derive(Debug)]
 pub struct Adapters {
@@ -38,6 +43,8 @@ pub struct Input {
     pub thing_name: ThingName,
     /// The user's profile: the thing's attribute `externalId`, empty if it has none.
     pub external_id: String,
+    /// When the session began, in Unix milliseconds.
+    pub connected_at: i64,
 }
 
 /// Where settings come from.
@@ -73,7 +80,8 @@ pub async fn handle(adapters: &Adapters, input: Input) -> Result<Output, Error> 
         None => (Source::Simulated, adapters.schema.simulated_profile()),
     };
     let settings = adapters.schema.check(&input.external_id, settings)?;
-    let confirmed = adapters.table.confirmed(&input.thing_name).await?;
+    // Last, so that what an older session was told is never sent after what a newer one was told.
+    let confirmed = adapters.table.claim(&input.thing_name, input.connected_at).await?;
     let changed = changed(&settings, &confirmed);
     let thing = input.thing_name.as_str();
     tracing::info!(thing, external_id = input.external_id, ?source, settings = settings.len(), changed = changed.len());
@@ -123,8 +131,13 @@ impl Schema {
             .map(|finding| {
                 let place = finding.instance_path().to_string();
                 let name = place.trim_start_matches('/');
-                if name.is_empty() { finding.to_string() } else { format!("{name}: {finding}") }
+                let text = if name.is_empty() { finding.to_string() } else { format!("{name}: {finding}") };
+                if text.chars().count() <= MAX_FINDING_CHARACTERS {
+                    return text;
+                }
+                text.chars().take(MAX_FINDING_CHARACTERS).chain(['…']).collect()
             })
+            .take(MAX_FINDINGS)
             .collect();
         if !findings.is_empty() {
             return invalid(findings.join("; "));
@@ -136,6 +149,9 @@ impl Schema {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use aws_sdk_dynamodb::operation::update_item::UpdateItemOutput;
+    use aws_sdk_dynamodb::types::AttributeValue;
+    use aws_smithy_mocks::{mock, mock_client};
     use serde_json::json;
 
     fn settings(value: Value) -> Settings {
@@ -177,6 +193,34 @@ mod tests {
         }
         let all = json!({"SET_TEMP": 19, "SET_MODE": "ECO", "SET_CHILD_LOCK": true, "SET_ROOM_NAME": "Bad"});
         assert_eq!(schema.check("user-1", all.clone()), Ok(settings(all)));
+    }
+
+    #[test]
+    fn a_long_value_is_cut_in_what_is_told_of_it() {
+        let profile = json!({"SET_ROOM_NAME": "x".repeat(40_000)});
+        let error = Schema::new().unwrap().check("user-1", profile).unwrap_err();
+        assert!(error.message.chars().count() < 300 && error.message.ends_with('…'), "{}", error.message);
+    }
+
+    #[tokio::test]
+    async fn without_an_api_everybody_has_the_simulated_profile() {
+        let claim = mock!(aws_sdk_dynamodb::Client::update_item)
+            .match_requests(|request| request.update_expression().unwrap().contains("newestSession"))
+            .then_output(|| {
+                let confirmed = AttributeValue::N("20".into());
+                UpdateItemOutput::builder().attributes("confirmed:SET_TEMP", confirmed).build()
+            });
+        let table = SettingsTable::of(mock_client!(aws_sdk_dynamodb, [&claim]), "settings".into());
+        let adapters = Adapters { table, api: None, schema: Schema::new().unwrap() };
+        let input = |external_id: &str| Input {
+            thing_name: "gateway-1".parse().unwrap(),
+            external_id: external_id.into(),
+            connected_at: 1,
+        };
+        let wanted = settings(json!({"SET_TEMP": 21.5}));
+        let expected = Output { settings: wanted.clone(), changed: wanted, source: Source::Simulated };
+        assert_eq!(handle(&adapters, input("user-1")).await, Ok(expected));
+        assert_eq!(handle(&adapters, input("")).await.unwrap_err().name, ErrorName::ExternalIdMissing);
     }
 
     #[test]

@@ -1,8 +1,9 @@
 //! Which devices have a connection, and the workflows that wait for one.
 
+use crate::aws::text;
 use crate::error::{aws, code};
 use crate::queue::{MqttMessage, Queue};
-use crate::workflows::rendezvous::{Answer, Operation, Rendezvous, Wait, text};
+use crate::workflows::rendezvous::{Answer, Operation, Rendezvous, Wait};
 use crate::{Error, ErrorName};
 use aws_sdk_dynamodb::types::{AttributeValue, ReturnValue};
 use protocol::{OperationId, Presence, PresenceEvent, PresenceKind, Step, ThingName};

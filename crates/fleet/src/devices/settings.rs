@@ -1,12 +1,13 @@
 //! What settings a device has confirmed, and the push that is under way: one item a thing.
 //!
-//! [`SettingsTable::begin`] and [`SettingsTable::answer`] are one conditional write each. A thing has one push at a
-//! time: that of its newest session. What has been confirmed is forgotten when it is sent anew, so that a device
-//! whose answer was lost is never taken for one that has the old value.
+//! [`SettingsTable::claim`], [`SettingsTable::begin`] and [`SettingsTable::answer`] are one conditional write each. A
+//! thing belongs to its newest session, and has one push at a time. What has been confirmed is forgotten when it is sent
+//! anew, so that a device whose answer was lost is never taken for one that has the old value.
 
+use crate::aws::{now_seconds, text};
 use crate::error::aws;
 use crate::tasks::{Outcome, Tasks};
-use crate::workflows::rendezvous::{Wait, now_seconds, text};
+use crate::workflows::rendezvous::Wait;
 use crate::{Error, ErrorName};
 use aws_sdk_dynamodb::operation::update_item::{UpdateItemError, builders::UpdateItemFluentBuilder};
 use aws_sdk_dynamodb::types::{AttributeValue, ReturnValue, ReturnValuesOnConditionCheckFailure};
@@ -66,6 +67,10 @@ impl Push {
         Some(Err(Error::new(ErrorName::SettingFailed, sentences.join("; "))))
     }
 
+    fn output(&self, thing: &ThingName) -> serde_json::Value {
+        serde_json::json!({"thingName": thing, "operationId": self.operation_id, "settings": self.wanted})
+    }
+
     /// Whether the device has the setting as it was wanted, and a sentence about it.
     fn report(&self, name: &SettingName) -> (bool, String) {
         match (self.wanted.get(name), self.answers.get(name)) {
@@ -100,24 +105,38 @@ impl SettingsTable {
         Self { table, dynamodb: aws_sdk_dynamodb::Client::new(config), tasks: Tasks::new(config) }
     }
 
-    /// What the device has confirmed last, setting by setting.
-    pub async fn confirmed(&self, thing: &ThingName) -> Result<Settings, Error> {
-        let get = self.dynamodb.get_item().table_name(&self.table).key("thing", text(thing.as_str()));
-        let output = get.consistent_read(true).send().await.map_err(|error| aws("dynamodb:GetItem", &error))?;
-        let confirmed = output.item.unwrap_or_default().into_iter().filter_map(|(attribute, value)| {
-            let name = attribute.strip_prefix(CONFIRMED)?.parse().ok()?;
-            Some((name, serde_dynamo::from_attribute_value(value).ok()?))
-        });
-        Ok(confirmed.collect())
+    /// The table behind a client of the test's own.
+    #[cfg(test)]
+    pub(crate) fn of(dynamodb: aws_sdk_dynamodb::Client, table: String) -> Self {
+        let config = aws_config::SdkConfig::builder().behavior_version(aws_config::BehaviorVersion::latest()).build();
+        Self { table, dynamodb, tasks: Tasks::new(&config) }
     }
 
-    /// A state waits for a push's answers: what is to be sent. Nothing, if the answers are there already. An older
-    /// session's push that is still waiting ends as `SessionSuperseded`; if this is the older one, it does.
+    /// The session that began at this time (Unix milliseconds) takes charge of the thing: what the device has confirmed
+    /// last, setting by setting. Fails as `SessionSuperseded` if a newer session has done so.
+    pub async fn claim(&self, thing: &ThingName, connected_at: i64) -> Result<Settings, Error> {
+        let update = self
+            .update(thing)
+            .update_expression("SET newestSession = :session, expiresAt = :expiresAt")
+            .condition_expression("attribute_not_exists(newestSession) OR newestSession <= :session")
+            .expression_attribute_values(":session", AttributeValue::N(connected_at.to_string()))
+            .return_values(ReturnValue::AllNew);
+        match written(update).await? {
+            Written::Yes(item) => Ok(confirmed(item)),
+            Written::No(_) => Err(superseded()),
+        }
+    }
+
+    /// A state waits for a push's answers: what is to be sent. Nothing, if the answers are there already, or if a later
+    /// attempt of the state is. Another session's push that is still waiting ends. Fails as `SessionSuperseded` if there
+    /// is a newer session.
     pub async fn begin(&self, thing: &ThingName, push: &Push) -> Result<Settings, Error> {
         match self.replace(thing, push).await? {
             Written::Yes(old) => {
-                if let Some(old) = open_push(&old)?.filter(|old| old.result().is_none()) {
-                    self.tasks.complete(&old.task_token, Err(superseded())).await?;
+                if let Some(old) = open_push(&old)? {
+                    // All its answers may be there, if the function died that was to say so.
+                    let result = old.result().unwrap_or_else(|| Err(superseded()));
+                    self.tasks.complete(&old.task_token, result.map(|()| old.output(thing))).await?;
                 }
                 Ok(push.wanted.clone())
             }
@@ -133,13 +152,18 @@ impl SettingsTable {
         let sent: Vec<String> = (0..push.wanted.len()).map(|index| format!("#sent{index}")).collect();
         let mut update = self
             .update(thing)
-            .update_expression(format!("SET #push = :push, expiresAt = :expiresAt REMOVE {}", sent.join(", ")))
+            .expression_attribute_names("#push", "push")
+            .update_expression(format!(
+                "SET #push = :push, newestSession = :session, expiresAt = :expiresAt REMOVE {}",
+                sent.join(", ")
+            ))
             .condition_expression(
-                "attribute_not_exists(#push) OR (#push.operationId <> :operation AND #push.connectedAt <= :connectedAt)",
+                "(attribute_not_exists(newestSession) OR newestSession <= :session) \
+                 AND (attribute_not_exists(#push) OR #push.operationId <> :operation)",
             )
             .expression_attribute_values(":push", serde_dynamo::to_attribute_value(push).map_err(|e| broken(&e))?)
             .expression_attribute_values(":operation", text(push.operation_id.as_str()))
-            .expression_attribute_values(":connectedAt", AttributeValue::N(push.connected_at.to_string()))
+            .expression_attribute_values(":session", AttributeValue::N(push.connected_at.to_string()))
             .return_values(ReturnValue::AllOld);
         for (placeholder, name) in sent.iter().zip(push.wanted.keys()) {
             update = update.expression_attribute_names(placeholder, format!("{CONFIRMED}{name}"));
@@ -151,16 +175,26 @@ impl SettingsTable {
     async fn wait_again(&self, thing: &ThingName, push: &Push) -> Result<Settings, Error> {
         let update = self
             .update(thing)
+            .expression_attribute_names("#push", "push")
             .update_expression("SET #push.taskToken = :token, #push.attempt = :attempt, expiresAt = :expiresAt")
-            .condition_expression("#push.operationId = :operation AND #push.attempt <= :attempt")
+            .condition_expression(
+                "#push.operationId = :operation AND #push.attempt <= :attempt AND newestSession <= :session",
+            )
             .expression_attribute_values(":token", text(&push.task_token))
             .expression_attribute_values(":attempt", AttributeValue::N(push.attempt.to_string()))
             .expression_attribute_values(":operation", text(push.operation_id.as_str()))
+            .expression_attribute_values(":session", AttributeValue::N(push.connected_at.to_string()))
             .return_values(ReturnValue::AllNew);
-        let Written::Yes(item) = written(update).await? else { return Err(superseded()) };
-        let Some(push) = open_push(&item)? else { return Err(superseded()) };
-        self.complete(thing, &push).await?;
-        Ok(push.unanswered())
+        let later_attempt = |found: &Push| found.operation_id == push.operation_id && found.attempt > push.attempt;
+        match written(update).await? {
+            Written::No(item) if open_push(&item)?.as_ref().is_some_and(later_attempt) => Ok(Settings::new()),
+            Written::No(_) => Err(superseded()),
+            Written::Yes(item) => {
+                let push = open_push(&item)?.unwrap_or_else(|| push.clone());
+                self.complete(thing, &push).await?;
+                Ok(push.unanswered())
+            }
+        }
     }
 
     /// A device has answered a command of its push. What it says it has set is kept as confirmed.
@@ -174,6 +208,7 @@ impl SettingsTable {
         };
         let mut update = self
             .update(thing)
+            .expression_attribute_names("#push", "push")
             .update_expression(format!("SET #push.answers.#name = :answer, expiresAt = :expiresAt{confirm}"))
             .condition_expression(
                 "#push.operationId = :operation AND attribute_exists(#push.wanted.#name) \
@@ -196,7 +231,7 @@ impl SettingsTable {
                 None => Ok(Outcome::Late),
             },
             Written::No(item) => match open_push(&item)?.filter(|push| push.operation_id == operation_id) {
-                None => Ok(Outcome::Late),
+                None => self.doubt(thing, response).await,
                 Some(push) if !push.answers.contains_key(&response.name) => Ok(Outcome::Rejected),
                 // An earlier delivery may have died before it could end the task.
                 Some(push) => match self.complete(thing, &push).await? {
@@ -207,13 +242,27 @@ impl SettingsTable {
         }
     }
 
+    /// A device has carried out a command that is not of its last push, perhaps after those: nobody knows what it has now,
+    /// so the next session sends that setting again.
+    async fn doubt(&self, thing: &ThingName, response: &SettingResponse) -> Result<Outcome, Error> {
+        let SettingOutcome::Success { value } = &response.outcome else { return Ok(Outcome::Late) };
+        let value = serde_dynamo::to_attribute_value(value).map_err(|error| broken(&error))?;
+        let update = self
+            .dynamodb
+            .update_item()
+            .table_name(&self.table)
+            .key("thing", text(thing.as_str()))
+            .update_expression("REMOVE #confirmed")
+            .condition_expression("attribute_exists(#confirmed) AND #confirmed <> :value")
+            .expression_attribute_names("#confirmed", format!("{CONFIRMED}{}", response.name))
+            .expression_attribute_values(":value", value);
+        written(update).await.map(|_| Outcome::Late)
+    }
+
     /// Ends the waiting state if all answers are there.
     async fn complete(&self, thing: &ThingName, push: &Push) -> Result<Outcome, Error> {
         let Some(result) = push.result() else { return Ok(Outcome::Applied) };
-        let output = serde_json::json!({
-            "thingName": thing, "operationId": push.operation_id, "settings": push.wanted,
-        });
-        self.tasks.complete(&push.task_token, result.map(|()| output)).await
+        self.tasks.complete(&push.task_token, result.map(|()| push.output(thing))).await
     }
 
     fn update(&self, thing: &ThingName) -> UpdateItemFluentBuilder {
@@ -221,7 +270,6 @@ impl SettingsTable {
             .update_item()
             .table_name(&self.table)
             .key("thing", text(thing.as_str()))
-            .expression_attribute_names("#push", "push")
             .expression_attribute_values(":expiresAt", AttributeValue::N((now_seconds() + KEEP_SECONDS).to_string()))
             .return_values_on_condition_check_failure(ReturnValuesOnConditionCheckFailure::AllOld)
     }
@@ -244,6 +292,15 @@ async fn written(update: UpdateItemFluentBuilder) -> Result<Written, Error> {
         }
         _ => Err(aws("dynamodb:UpdateItem", &error)),
     }
+}
+
+/// What an item says is confirmed.
+fn confirmed(item: Item) -> Settings {
+    let confirmed = item.into_iter().filter_map(|(attribute, value)| {
+        let name = attribute.strip_prefix(CONFIRMED)?.parse().ok()?;
+        Some((name, serde_dynamo::from_attribute_value(value).ok()?))
+    });
+    confirmed.collect()
 }
 
 fn open_push(item: &Item) -> Result<Option<Push>, Error> {

@@ -21,6 +21,8 @@ const TIME_BUDGET: Duration = Duration::from_secs(18);
 const ATTEMPTS: u32 = 3;
 /// The first wait when the API does not say how long; it doubles.
 const FIRST_WAIT: Duration = Duration::from_millis(500);
+/// The longest wait that an API can ask for; what is longer makes no difference.
+const LONGEST_WAIT: Duration = Duration::from_hours(1);
 /// A profile has no more bytes than this.
 const MAX_ANSWER_BYTES: u64 = 64 * 1024;
 
@@ -140,12 +142,11 @@ fn read(mut response: Response<ureq::Body>, external_id: &str) -> Result<Value, 
 /// How long the API asks to wait: seconds or a date (RFC 9110, 10.2.3).
 fn retry_after<B>(response: &Response<B>) -> Option<Duration> {
     let value = response.headers().get(RETRY_AFTER)?.to_str().ok()?;
-    match value.parse() {
-        Ok(seconds) => Some(Duration::from_secs(seconds)),
-        Err(_) => {
-            httpdate::parse_http_date(value).ok().map(|at| at.duration_since(SystemTime::now()).unwrap_or_default())
-        }
-    }
+    let wait = match value.parse() {
+        Ok(seconds) => Duration::from_secs(seconds),
+        Err(_) => httpdate::parse_http_date(value).ok()?.duration_since(SystemTime::now()).unwrap_or_default(),
+    };
+    Some(wait.min(LONGEST_WAIT))
 }
 
 /// The API's key, read from Secrets Manager when it is first needed and then kept.
@@ -175,5 +176,35 @@ impl ApiKey {
         };
         *known = Some(value.clone());
         Ok(value)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_api_says_in_seconds_or_by_a_date_how_long_to_wait() {
+        let wait = |value: &str| retry_after(&Response::builder().header(RETRY_AFTER, value).body(()).unwrap());
+        assert_eq!(wait("7"), Some(Duration::from_secs(7)));
+        assert_eq!(wait("18446744073709551615"), Some(LONGEST_WAIT));
+        assert_eq!(wait("soon"), None);
+        assert_eq!(wait("Sun, 06 Nov 1994 08:49:37 GMT"), Some(Duration::ZERO));
+        let later = httpdate::fmt_http_date(SystemTime::now() + Duration::from_mins(10));
+        assert!(wait(&later).unwrap() > Duration::from_mins(9));
+        assert_eq!(retry_after(&Response::new(())), None);
+    }
+
+    #[test]
+    fn an_address_is_https_and_holds_the_external_id() {
+        let config = aws_config::SdkConfig::builder().build();
+        let api = |url: &str| SettingsApi::new(&config, url.to_owned(), None).map(|_| ());
+        assert_eq!(api("https://api.example.com/{externalId}"), Ok(()));
+        assert_eq!(api("http://127.0.0.1:8081/{externalId}"), Ok(()));
+        for bad in
+            ["http://api.example.com/{externalId}", "https://api.example.com/", "http://127.0.0.1.example/{externalId}"]
+        {
+            assert!(api(bad).unwrap_err().contains(bad), "{bad}");
+        }
     }
 }

@@ -5,6 +5,7 @@
 //! finds the other's half there completes the task. The first answer stays, so a repeat changes nothing, and a
 //! crash between the write and the completion is mended by the repeat of either side.
 
+use crate::aws::{now_seconds, text};
 use crate::error::{aws, code};
 use crate::tasks::{Outcome, Tasks};
 use crate::{Error, ErrorName};
@@ -269,17 +270,6 @@ fn key(operation: &Operation, step: Step) -> HashMap<String, AttributeValue> {
     HashMap::from([("operation".to_owned(), text(operation.key())), ("step".to_owned(), text(step.name()))])
 }
 
-/// A text as DynamoDB has it.
-pub(crate) fn text(value: impl Into<String>) -> AttributeValue {
-    AttributeValue::S(value.into())
-}
-
 fn broken_item(error: &serde_dynamo::Error) -> Error {
     Error::new(ErrorName::ServiceError, format!("an item of the rendezvous table: {error}"))
-}
-
-/// Now, in Unix seconds.
-pub(crate) fn now_seconds() -> i64 {
-    let since_epoch = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-    since_epoch.map_or(0, |elapsed| i64::try_from(elapsed.as_secs()).unwrap_or(i64::MAX))
 }
