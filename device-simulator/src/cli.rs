@@ -80,6 +80,10 @@ struct Provision {
     /// A thing group that the devices join, made if it is missing
     #[arg(long, value_name = "NAME", env = "SIMULATOR_THING_GROUP")]
     thing_group: Option<String>,
+    /// An existing thing type for the things: AWS gives a thing without one three attributes at most, which are
+    /// protocol, firmwareVersion and externalId
+    #[arg(long, value_name = "NAME", env = "SIMULATOR_THING_TYPE")]
+    thing_type: Option<String>,
     /// How the devices encode their messages: json, usp, or mixed for both by turns
     #[arg(long, default_value = "json", env = "SIMULATOR_PROTOCOL")]
     protocol: ProtocolMix,
@@ -298,6 +302,7 @@ impl Provision {
             certificates: self.certificates,
             policy,
             thing_group: self.thing_group,
+            thing_type: self.thing_type,
         };
         let client = registry().await;
         let done = provision::provision(&client, options, |thing| {

@@ -111,6 +111,9 @@ pub struct ProvisionOptions {
     pub policy: DevicePolicy,
     /// The thing group that they join, made if it is missing.
     pub thing_group: Option<String>,
+    /// Their thing type, which must exist. Without one a thing can have three attributes, and these devices have them
+    /// (<https://docs.aws.amazon.com/iot/latest/developerguide/thing-types.html>).
+    pub thing_type: Option<String>,
 }
 
 /// The policy that devices connect under.
@@ -232,7 +235,8 @@ impl Provisioning {
             .attributes("firmwareVersion", &identity.firmware_version);
         let attributes = external_id.iter().fold(attributes, |attributes, id| attributes.attributes(EXTERNAL_ID, id));
         let name = identity.thing.as_str();
-        let created = self.client.create_thing().thing_name(name).attribute_payload(attributes.build()).send().await;
+        let create = self.client.create_thing().thing_name(name).attribute_payload(attributes.build());
+        let created = create.set_thing_type_name(self.options.thing_type.clone()).send().await;
         let arn = match created {
             Ok(created) => created.thing_arn,
             // It has been upgraded since, so its attributes are others.

@@ -149,6 +149,7 @@ impl Cloud {
             certificates: certificates.clone(),
             policy: DevicePolicy::Existing(self.output("DevicePolicyName").to_owned()),
             thing_group: Some(group.clone()),
+            thing_type: Some(self.output("ThingTypeName").to_owned()),
             external_id,
         };
         provision(&self.iot, options, |_| ()).await.expect("the devices are registered");

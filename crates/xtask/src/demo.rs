@@ -140,7 +140,7 @@ impl Demo<'_> {
         command
             .args(["--count", &self.options.devices.to_string(), "--prefix", "sim"])
             .args(["--policy", self.outputs.get("DevicePolicyName")?])
-            .args(["--thing-group", group])
+            .args(["--thing-group", group, "--thing-type", self.outputs.get("ThingTypeName")?])
             .args(["--protocol", self.options.protocol.name()]);
         self.run("provision", &mut command).map(drop)
     }
