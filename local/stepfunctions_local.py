@@ -32,7 +32,7 @@ from moto.stepfunctions.parser.asl.component.common.error_name.states_error_name
 from moto.stepfunctions.parser.asl.component.common.string.string_expression import StringJSONata
 from moto.stepfunctions.parser.asl.component.intrinsic.jsonata import get_intrinsic_functions_declarations
 from moto.stepfunctions.parser.asl.component.state.exec.execute_state import ExecutionState
-from moto.stepfunctions.parser.asl.component.state.exec.state_task import lambda_eval_utils
+from moto.stepfunctions.parser.asl.component.state.exec.state_task import lambda_eval_utils, mock_eval_utils
 from moto.stepfunctions.parser.asl.component.state.exec.state_task.service.state_task_service import StateTaskService
 from moto.stepfunctions.parser.asl.component.state.exec.state_task.service.state_task_service_aws_sdk import (
     StateTaskServiceAwsSdk,
@@ -41,9 +41,11 @@ from moto.stepfunctions.parser.asl.component.state.exec.state_task.service.state
     StateTaskServiceCallback,
 )
 from moto.stepfunctions.parser.asl.eval.callback.callback import CallbackOutcomeTimedOut, HeartbeatTimedOut
+from moto.stepfunctions.parser.asl.eval.environment import Environment
 from moto.stepfunctions.parser.asl.eval.event.event_detail import EventDetails
 from moto.stepfunctions.parser.asl.jsonata.jsonata import JSONataException, extract_jsonata_variable_references
 from moto.stepfunctions.parser.asl.parse.asl_parser import AmazonStateLanguageParser
+from moto.stepfunctions.parser.mocking.mock_config import MockedResponseReturn, MockedResponseThrow
 
 # This import also loads every module that imported a function that is replaced here by name.
 from moto.stepfunctions.parser.models import StepFunctionsParserBackend
@@ -350,6 +352,41 @@ def parse(definition):
 
 
 AmazonStateLanguageParser.parse = staticmethod(parse)
+
+
+# Gap: AWS's TestState API can give a task's answer in place of its service; moto can too, but lets nobody ask for it. Here
+# an execution can, for its own tasks: the member `mocked` of its input lists the answers of a state, one an attempt, as
+# `{"result": …}` or `{"error": …, "cause": …}`. The last one is for all further attempts.
+
+
+def mocked_answers(env):
+    """The answers that the execution's input lists for the state that is run; none if the state is not mocked."""
+    execution = env.states._states_data["context"]["Execution"]["Input"]
+    mocked = execution.get("mocked", {}) if isinstance(execution, dict) else {}
+    return mocked.get(env.next_state_name)
+
+
+def current_mocked_response(env):
+    answers = mocked_answers(env)
+    attempt = env.states._states_data["context"]["State"]["RetryCount"]
+    answer = answers[min(attempt, len(answers) - 1)]
+    if "error" in answer:
+        return MockedResponseThrow(0, 0, answer["error"], answer.get("cause", ""))
+    return MockedResponseReturn(0, 0, answer["result"])
+
+
+def error_name_of(name):
+    """The names of Step Functions itself are of a type of their own."""
+    for known in StatesErrorNameType:
+        if known.to_name() == name:
+            return StatesErrorName(typ=known)
+    return _custom_error_name(name)
+
+
+_custom_error_name = mock_eval_utils.CustomErrorName
+mock_eval_utils.CustomErrorName = error_name_of
+Environment.is_mocked_mode = lambda env: mocked_answers(env) is not None
+Environment.get_current_mocked_response = current_mocked_response
 
 
 if __name__ == "__main__":

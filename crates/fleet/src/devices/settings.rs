@@ -147,7 +147,7 @@ impl SettingsTable {
         }
     }
 
-    /// Makes this the thing's push, unless it has it already or has a newer one.
+    /// Makes this the thing's push, unless it is that already or there is a newer session.
     async fn replace(&self, thing: &ThingName, push: &Push) -> Result<Written, Error> {
         let sent: Vec<String> = (0..push.wanted.len()).map(|index| format!("#sent{index}")).collect();
         let mut update = self

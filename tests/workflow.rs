@@ -1,0 +1,270 @@
+//! The state machines path by path: their tasks' answers are given, so that each way through a definition can be gone.
+//!
+//! `cargo xtask test` runs these tests; they need its local cloud, whose Step Functions takes answers from the execution's
+//! input (see `local/stepfunctions_local.py`).
+#![allow(clippy::unwrap_used)]
+
+use futures_util::future::join_all;
+use serde_json::{Value, json};
+use tests::{Cloud, Pushed};
+
+/// A way through a state machine.
+struct Path {
+    /// Answers that are others than those of the good way: by state, one an attempt, the last one for all further ones.
+    answers: Vec<(&'static str, Vec<Value>)>,
+    /// The states that are entered.
+    states: Vec<&'static str>,
+    /// The outcome in the output, or the error's name and a part of its cause.
+    end: End,
+}
+
+fn error(name: &str, cause: &str) -> Value {
+    json!({"error": name, "cause": cause})
+}
+
+/// The cause of a function's error, as Lambda reports it.
+fn function_error(name: &str) -> Value {
+    error(name, &json!({"errorType": name, "errorMessage": "what the function said"}).to_string())
+}
+
+fn result(value: &Value) -> Value {
+    json!({ "result": value })
+}
+
+/// Goes one way; says how it differs from what was expected.
+async fn go(
+    cloud: &Cloud,
+    machine: &str,
+    input: &Value,
+    good: &Value,
+    path: &Path,
+    outcome: &str,
+) -> Result<(), String> {
+    let mut mocked = good.clone();
+    for (state, answers) in &path.answers {
+        mocked[*state] = json!(answers);
+    }
+    let mut input = input.clone();
+    input["mocked"] = mocked;
+    let start = cloud.step_functions.start_execution().state_machine_arn(cloud.output(machine));
+    let arn = start.input(input.to_string()).send().await.unwrap().execution_arn;
+    let ended = cloud.ended_push(&arn).await;
+    let entered = states(cloud, &ended).await;
+    let found = match &path.end {
+        Ok(expected) => ended.output[outcome] == *expected,
+        Err((name, cause)) => ended.error.0 == *name && ended.error.1.contains(cause),
+    };
+    if found && entered == path.states {
+        return Ok(());
+    }
+    Err(format!("{:?}: {:?} {:?} {} by {entered:?}", path.answers, ended.status, ended.error, ended.output))
+}
+
+async fn states(cloud: &Cloud, ended: &Pushed) -> Vec<String> {
+    let history = cloud.step_functions.get_execution_history().execution_arn(&ended.arn);
+    let events = history.into_paginator().items().send().collect::<Result<Vec<_>, _>>().await.unwrap();
+    events.into_iter().filter_map(|event| Some(event.state_entered_event_details?.name)).collect()
+}
+
+async fn go_all(machine: &str, input: Value, good: Value, paths: Vec<Path>, outcome: &str) {
+    let cloud = Cloud::connect().await;
+    let ends = join_all(paths.iter().map(|path| go(&cloud, machine, &input, &good, path, outcome))).await;
+    let wrong: Vec<String> = ends.into_iter().filter_map(Result::err).collect();
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+type End = Result<&'static str, (&'static str, &'static str)>;
+
+/// A path on which one state has these answers.
+fn one(state: &'static str, answers: Vec<Value>, states: Vec<&'static str>, end: End) -> Path {
+    Path { answers: vec![(state, answers)], states, end }
+}
+
+fn timeout() -> Value {
+    error("States.Timeout", "")
+}
+
+fn busy() -> Value {
+    error("Lambda.TooManyRequestsException", "slow down")
+}
+
+/// What get-device-settings answers.
+fn settings(changed: &Value) -> Value {
+    let payload = json!({"settings": {"A": 1, "B": 2}, "changed": changed, "source": "API"});
+    result(&json!({"StatusCode": 200, "Payload": payload}))
+}
+
+/// The way of a push up to its wait, and then on.
+fn pushed(more: &[&'static str]) -> Vec<&'static str> {
+    [&["ReadDevice", "GetSettings", "IsPushNeeded", "PushSettings"], more].concat()
+}
+
+async fn push(paths: Vec<Path>) {
+    let good = json!({
+        "ReadDevice": [result(&json!({"thingName": "t", "attributes": {"externalId": "u"}}))],
+        "GetSettings": [settings(&json!({"A": 1, "B": 2}))],
+        "PushSettings": [result(&json!({}))],
+    });
+    go_all("ConfigPushArn", json!({"thingName": "t", "connectedAt": 1}), good, paths, "status").await;
+}
+
+#[tokio::test]
+#[ignore = "needs the local cloud: cargo xtask test"]
+async fn what_was_throttled_killed_or_slow_in_a_push_is_tried_again() {
+    let read = || result(&json!({"thingName": "t", "attributes": {"externalId": "u"}}));
+    let got = || settings(&json!({"A": 1, "B": 2}));
+    let slow = || error("Iot.ThrottlingException", "slow down");
+    let killed = || error("Runtime.ExitError", "signal: killed");
+    let too_long = || error("Sandbox.Timedout", "after 35.00 seconds");
+    let ours = |name| function_error(name);
+    push(vec![
+        one("ReadDevice", vec![slow(), timeout(), slow(), read()], pushed(&[]), Ok("SUCCESS")),
+        one("GetSettings", vec![busy(), killed(), too_long(), got()], pushed(&[]), Ok("SUCCESS")),
+        one("GetSettings", vec![ours("Throttled"), ours("ServiceUnavailable"), got()], pushed(&[]), Ok("SUCCESS")),
+        one("PushSettings", vec![killed(), busy(), too_long(), result(&json!({}))], pushed(&[]), Ok("SUCCESS")),
+        one("PushSettings", vec![timeout(), timeout(), result(&json!({}))], pushed(&[]), Ok("SUCCESS")),
+    ])
+    .await;
+}
+
+#[tokio::test]
+#[ignore = "needs the local cloud: cargo xtask test"]
+async fn every_end_of_a_configuration_push() {
+    let item = |operation: &str| {
+        let answers = json!({"A": {"M": {"status": {"S": "FAIL"}, "error": {"S": "17"}}}});
+        result(&json!({"Item": {"push": {"M": {"operationId": {"S": operation}, "answers": {"M": answers}}}}}))
+    };
+    let read = |end: &'static str| vec!["ReadDevice", end];
+    let got = |end: &'static str| vec!["ReadDevice", "GetSettings", end];
+    let failed = "ConfigPushFailed";
+    let unchanged = vec!["ReadDevice", "GetSettings", "IsPushNeeded", "SettingsUnchanged"];
+    let superseded = || vec![function_error("SessionSuperseded")];
+    let unread = |answer: Value| vec![("PushSettings", vec![timeout()]), ("ReadAnswers", vec![answer])];
+    let aws = |name: &str| vec![error(name, "no")];
+    let refused = error("SettingFailed", "A: the device failed with error 17");
+    let mut paths = vec![
+        one("GetSettings", vec![settings(&json!({}))], unchanged, Ok("UNCHANGED")),
+        one("GetSettings", superseded(), got("SessionSuperseded"), Ok("SUPERSEDED")),
+        one("PushSettings", superseded(), pushed(&["SessionSuperseded"]), Ok("SUPERSEDED")),
+        one("ReadDevice", aws("Iot.ResourceNotFoundException"), read(failed), Err(("DeviceNotFound", "no thing t"))),
+        one("ReadDevice", aws("Iot.UnauthorizedException"), read(failed), Err(("ServiceError", "Iot.Unauthorized"))),
+        one("GetSettings", aws("Lambda.ResourceNotFoundException"), got(failed), Err(("ServiceError", "Lambda."))),
+        one(
+            "PushSettings",
+            vec![refused],
+            pushed(&[failed]),
+            Err(("SettingFailed", "A: the device failed with error 17")),
+        ),
+        Path {
+            answers: unread(item("another push")),
+            states: pushed(&["ReadAnswers", "IsSessionSuperseded", "SessionSuperseded"]),
+            end: Ok("SUPERSEDED"),
+        },
+        Path {
+            answers: unread(error("DynamoDB.ResourceNotFoundException", "no")),
+            states: pushed(&["ReadAnswers", failed]),
+            end: Err(("DeviceTimedOut", "which were sent three times")),
+        },
+    ];
+    for name in ["ExternalIdMissing", "ProfileNotFound", "SettingsApiRefused", "InvalidSettings", "ServiceError"] {
+        paths.push(one("GetSettings", vec![function_error(name)], got(failed), Err((name, "what the function said"))));
+    }
+    for name in ["InvalidInput", "ServiceError"] {
+        let end = Err((name, "what the function said"));
+        paths.push(one("PushSettings", vec![function_error(name)], pushed(&[failed]), end));
+    }
+    push(paths).await;
+}
+
+#[tokio::test]
+#[ignore = "needs the local cloud: cargo xtask test"]
+async fn every_way_through_a_firmware_upgrade() {
+    const WAITS: [&str; 5] = ["AwaitOnline", "DispatchDownload", "AwaitTransfer", "AwaitInstallation", "AwaitReboot"];
+    let input = json!({
+        "thingName": "t", "jobId": "j", "executionNumber": 1, "operationId": "j-1",
+        "document": {"version": "1.0", "workflow": "firmware-upgrade", "firmwareVersion": "2.0.0", "upgradeTrigger": "test",
+            "artifact": {"url": "https://example.com/2.0.0"}, "timeoutMinutes": 60, "requestDigest": ""},
+    });
+    let thing = |attributes: Value| result(&json!({"thingName": "t", "attributes": attributes}));
+    let mut good = json!({"ReadDevice": [thing(json!({"firmwareVersion": "1.0.0"}))]});
+    for state in WAITS {
+        good[state] = json!([result(&json!({}))]);
+    }
+    for state in ["ReportStart", "RecordVersion", "ReportSuccess", "ReportFailure", "CancelDownload"] {
+        good[state] = json!([result(&json!({}))]);
+    }
+    let begin = ["ReadDevice", "IsUpgradeNeeded", "ReportStart"];
+    let whole: Vec<&str> = [&begin[..], &WAITS, &["RecordVersion", "ReportSuccess"]].concat();
+    let failed_at = |state: &str, cancelled: bool| {
+        let reached = whole.iter().position(|other| *other == state).unwrap();
+        let mut states = whole[..=reached].to_vec();
+        if cancelled {
+            states.push("CancelDownload");
+        }
+        states.extend(["ReportFailure", "UpgradeFailed"]);
+        states
+    };
+    let mut paths = vec![
+        one("ReadDevice", vec![thing(json!({}))], whole.clone(), Ok("Upgraded")),
+        one(
+            "ReadDevice",
+            vec![thing(json!({"firmwareVersion": "2.0.0"}))],
+            vec!["ReadDevice", "IsUpgradeNeeded", "ReportSuccess"],
+            Ok("AlreadyAtTarget"),
+        ),
+        one(
+            "ReadDevice",
+            vec![thing(json!({"upgradable": "false"}))],
+            vec!["ReadDevice", "IsUpgradeNeeded", "ReportFailure", "UpgradeFailed"],
+            Err(("NotUpgradable", "upgradable")),
+        ),
+        one(
+            "ReadDevice",
+            vec![error("Iot.ResourceNotFoundException", "")],
+            failed_at("ReadDevice", false),
+            Err(("DeviceNotFound", "the registry has no thing t")),
+        ),
+        one(
+            "ReadDevice",
+            vec![error("Iot.UnauthorizedException", "no")],
+            failed_at("ReadDevice", false),
+            Err(("ServiceError", "Iot.UnauthorizedException")),
+        ),
+    ];
+    // Every task is tried again when it was throttled; and a function that was killed or took too long.
+    for (state, name) in [
+        ("ReadDevice", "Iot.ThrottlingException"),
+        ("ReportStart", "SNS.ThrottledException"),
+        ("RecordVersion", "Iot.ThrottlingException"),
+        ("ReportSuccess", "SNS.ThrottledException"),
+    ] {
+        let answers = vec![error(name, "slow"), error(name, "slow"), good[state][0].clone()];
+        paths.push(one(state, answers, whole.clone(), Ok("Upgraded")));
+    }
+    for state in WAITS {
+        let names = ["Lambda.TooManyRequestsException", "Runtime.ExitError", "Sandbox.Timedout"];
+        let mut answers: Vec<Value> = names.map(|name| error(name, "again")).into();
+        answers.push(result(&json!({})));
+        paths.push(one(state, answers, whole.clone(), Ok("Upgraded")));
+        // A job that was cancelled ends whichever wait it is; a device that has been asked is told.
+        let asked = state != "AwaitOnline";
+        paths.push(one(state, vec![error("JobCanceled", "why")], failed_at(state, asked), Err(("JobCanceled", "why"))));
+        let late = if state == "DispatchDownload" || !asked { "States.Timeout" } else { "States.HeartbeatTimeout" };
+        paths.push(one(state, vec![error(late, "")], failed_at(state, asked), Err(("DeviceTimedOut", "device"))));
+    }
+    for (state, name) in [
+        ("DispatchDownload", "DownloadRefused"),
+        ("AwaitTransfer", "TransferFailed"),
+        ("AwaitInstallation", "InstallFailed"),
+        ("AwaitReboot", "ActivationFailed"),
+        ("AwaitReboot", "VersionMismatch"),
+    ] {
+        paths.push(one(
+            state,
+            vec![error(name, "the device said")],
+            failed_at(state, false),
+            Err((name, "the device said")),
+        ));
+    }
+    go_all("FirmwareUpgradeArn", input, good, paths, "outcome").await;
+}
