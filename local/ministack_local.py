@@ -3,6 +3,7 @@
 Usage: GATEWAY_PORT=4566 python ministack_local.py
 """
 
+import dynamic_thing_groups
 import ministack.services.lambda_svc as lambda_svc
 from ministack.app import main
 
@@ -18,6 +19,7 @@ def sqs_concurrency(mapping, *arguments, **keywords):
 
 
 lambda_svc._sqs_esm_concurrency = sqs_concurrency
+dynamic_thing_groups.install()
 
 if __name__ == "__main__":
     main()

@@ -154,6 +154,40 @@ async fn item(cloud: &Cloud, thing: &ThingName, operation: &OperationId, step: S
     output.item.map(|item| serde_dynamo::from_item(item).expect("a meeting"))
 }
 
+/// A continuous job on whatever is not at the target version: who is, leaves the group; who comes, is upgraded.
+#[tokio::test]
+#[ignore = "needs the local cloud: cargo xtask test"]
+async fn a_continuous_job_on_a_dynamic_group() {
+    let cloud = Cloud::connect().await;
+    let (_, first) = cloud.provision("dynamic", 2, ProtocolMix::Mixed).await;
+    let prefix = first[0].thing.as_str().rsplit_once('-').unwrap().0.to_owned();
+    let group = format!("outdated-{prefix}");
+    let query = "thingName:dynamic-* AND NOT attributes.firmwareVersion:2.0.0";
+    let create = cloud.iot.create_dynamic_thing_group().thing_group_name(&group).query_string(query);
+    let target = create.send().await.expect("a dynamic group").thing_group_arn.unwrap();
+    let members = || async {
+        let list = cloud.iot.list_things_in_thing_group().thing_group_name(&group).send().await.unwrap();
+        list.things.unwrap_or_default()
+    };
+    let image = cloud.upload("2.0.0", 1000).await;
+    let mut things = names(&first);
+    let fleet = Cloud::run(first, 1).await;
+    let job = cloud.create_job(&target, &image, json!({"targetSelection": "CONTINUOUS"})).await;
+    let ended = cloud.ended(&job, &things).await;
+    assert!(ended.values().all(|ended| ended.status == Succeeded), "{ended:?}");
+    eventually("who is at the target version leaves the group", || async { members().await.is_empty().then_some(()) })
+        .await;
+
+    let (_, second) = cloud.provision("dynamic", 1, ProtocolMix::Mixed).await;
+    things = names(&second);
+    assert_eq!(members().await, [things[0].to_string()]);
+    let newcomer = Cloud::run(second, 1).await;
+    assert_eq!(cloud.ended(&job, &things).await[&things[0]], Ended::new(Succeeded, "Upgraded"));
+    eventually("the newcomer leaves the group too", || async { members().await.is_empty().then_some(()) }).await;
+    fleet.stop().await;
+    newcomer.stop().await;
+}
+
 #[tokio::test]
 #[ignore = "needs the local cloud: cargo xtask test"]
 async fn cancelling_stops_the_workflow_and_tells_the_device() {
