@@ -33,8 +33,8 @@ def compiled(query):
     """The query as a function of a thing."""
     rest = tokens(query)
 
-    def take(kind, *texts):
-        if rest and rest[0][kind] in texts:
+    def take(kind, text):
+        if rest and rest[0][kind] == text:
             return rest.pop(0)
         return None
 

@@ -16,7 +16,7 @@ use rumqttc::QoS;
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::time::Duration;
-use tests::{Cloud, MqttDevice, Pushed, eventually, kill_functions, names, settings_api, with_faults};
+use tests::{Cloud, MqttDevice, Pushed, eventually, kill_functions, names, seeded_choices, settings_api, with_faults};
 
 fn number(value: f64) -> SettingValue {
     SettingValue::Number(serde_json::Number::from_f64(value).unwrap())
@@ -622,14 +622,7 @@ impl Expected {
 async fn the_table_follows_the_rules_of_a_push() {
     let cloud = Cloud::connect().await;
     let table = SettingsTable::new(&cloud.config, cloud.output("SettingsTableName").to_owned());
-    let seed: u64 = std::env::var("FLEETFLOW_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(7);
-    println!("seed {seed} (set FLEETFLOW_SEED for another)");
-    let mut random = seed;
-    let mut next = |bound: u64| {
-        // A multiplicative congruential generator is random enough to choose among a few moves.
-        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (random >> 33) % bound
-    };
+    let mut next = seeded_choices();
     let names: Vec<SettingName> = ["SET_TEMP", "SET_MODE", "SET_LOCK"].map(|name| name.parse().unwrap()).into();
     for _ in 0..60 {
         let thing: ThingName = format!("table-{}", uuid::Uuid::new_v4().simple()).parse().unwrap();

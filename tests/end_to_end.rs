@@ -12,7 +12,7 @@ use fleet::workflows::rendezvous::{Answer, Meeting, Operation, Rendezvous, Wait}
 use protocol::{Command, DeviceFailure, JobId, OperationId, ProtocolName, Publication, Step, StepOutcome, ThingName};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
-use tests::{Cloud, Ended, ScriptedDevice, eventually, kill_functions, names, with_faults};
+use tests::{Cloud, Ended, ScriptedDevice, eventually, kill_functions, names, seeded_choices, with_faults};
 
 const DEVICE_STEPS: [Step; 4] =
     [Step::DownloadStarted, Step::FirmwareTransferred, Step::DownloadOperationDone, Step::DeviceRebooted];
@@ -530,14 +530,7 @@ async fn the_table_follows_the_rules_of_the_rendezvous() {
     let cloud = Cloud::connect().await;
     let rendezvous = Rendezvous::new(&cloud.config, cloud.output("RendezvousTableName").to_owned());
     let thing: ThingName = "property-test".parse().unwrap();
-    let seed: u64 = std::env::var("FLEETFLOW_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(7);
-    println!("seed {seed} (set FLEETFLOW_SEED for another)");
-    let mut random = seed;
-    let mut next = |bound: u64| {
-        // A multiplicative congruential generator is random enough to choose among a few moves.
-        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (random >> 33) % bound
-    };
+    let mut next = seeded_choices();
     for _ in 0..60 {
         let operation = Operation::new(&thing, &uuid::Uuid::new_v4().to_string().parse().unwrap());
         let mut expected = Meeting::default();

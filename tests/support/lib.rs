@@ -13,6 +13,18 @@ pub use scripted_device::ScriptedDevice;
 /// How long a test waits for something that must happen before it says that it did not.
 pub const PATIENCE: std::time::Duration = std::time::Duration::from_mins(5);
 
+/// Chooses numbers below a bound, the same ones for the same seed, which is printed.
+pub fn seeded_choices() -> impl FnMut(u64) -> u64 {
+    let seed: u64 = std::env::var("FLEETFLOW_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(7);
+    println!("seed {seed} (set FLEETFLOW_SEED for another)");
+    let mut random = seed;
+    move |bound| {
+        // A multiplicative congruential generator is random enough to choose among a few moves.
+        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (random >> 33) % bound
+    }
+}
+
 /// Asks again and again until there is an answer; panics with `what` when [`PATIENCE`] is at its end.
 pub async fn eventually<T, F: Future<Output = Option<T>>>(what: &str, mut ask: impl FnMut() -> F) -> T {
     let begin = std::time::Instant::now();

@@ -100,7 +100,7 @@ pub async fn handle(adapters: &Adapters, input: Input) -> Result<(), Error> {
             if settings.is_empty() {
                 return Err(Error::invalid("settings", "none", "at least one"));
             }
-            apply_settings(adapters, &input.thing_name, &Push::new(operation_id, connected_at, wait, settings)).await
+            apply_settings(adapters, &operation, &Push::new(operation_id, connected_at, wait, settings)).await
         }
     }
 }
@@ -112,11 +112,12 @@ async fn send(
     command: &Command,
 ) -> Result<(), Error> {
     let publication = protocol.encoding().encode_command(&operation.thing, command, now_millis());
-    publish(adapters, publication).await
+    publish(adapters, operation, publication).await
 }
 
 /// Sends each setting that has no answer yet as an operation of its own.
-async fn apply_settings(adapters: &Adapters, thing: &ThingName, push: &Push) -> Result<(), Error> {
+async fn apply_settings(adapters: &Adapters, operation: &Operation, push: &Push) -> Result<(), Error> {
+    let thing = &operation.thing;
     let unanswered = adapters.settings.begin(thing, push).await?;
     let commands = unanswered.into_iter().map(|(name, value)| {
         let operation_id = operation_of(&push.operation_id, &name)
@@ -124,15 +125,15 @@ async fn apply_settings(adapters: &Adapters, thing: &ThingName, push: &Push) -> 
         Ok(SettingCommand { operation_id, name, value }.encode(thing, now_millis()))
     });
     let commands = commands.collect::<Result<Vec<_>, Error>>()?;
-    try_join_all(commands.into_iter().map(|publication| publish(adapters, publication))).await?;
+    try_join_all(commands.into_iter().map(|publication| publish(adapters, operation, publication))).await?;
     Ok(())
 }
 
-async fn publish(adapters: &Adapters, publication: Publication) -> Result<(), Error> {
+async fn publish(adapters: &Adapters, operation: &Operation, publication: Publication) -> Result<(), Error> {
     let topic = publication.topic.clone();
     let publish = adapters.mqtt.publish().topic(publication.topic).qos(1).payload(Blob::new(publication.payload));
     publish.send().await.map_err(|error| aws("iot:Publish", &error))?;
-    tracing::info!(topic, "published");
+    tracing::info!(operation = operation.key(), topic, "published");
     Ok(())
 }
 

@@ -73,7 +73,7 @@ impl SettingsApi {
         let begin = Instant::now();
         let (mut attempt, mut renewed) = (1, false);
         loop {
-            let (why, wait) = match self.request(&url, external_id, renewed).await? {
+            let (why, wait) = match self.request(&url, external_id, renewed).await {
                 Ok(settings) => return Ok(settings),
                 Err(Refusal::Final(error)) => return Err(error),
                 // The key may have been rotated since this process read it: it is read once more.
@@ -97,13 +97,13 @@ impl SettingsApi {
         }
     }
 
-    async fn request(&self, url: &str, external_id: &str, renew: bool) -> Result<Result<Value, Refusal>, Error> {
+    async fn request(&self, url: &str, external_id: &str, renew: bool) -> Result<Value, Refusal> {
         let mut request = self.http.get(url).header("accept", "application/json");
         if let Some(key) = &self.key {
-            request = request.header("x-api-key", key.value(renew).await?);
+            request = request.header("x-api-key", key.value(renew).await.map_err(Refusal::Final)?);
         }
         let answer = request.call().map_err(|error| Refusal::Transient(format!("the settings API: {error}"), None));
-        Ok(answer.and_then(|response| read(response, external_id)))
+        read(answer?, external_id)
     }
 }
 
