@@ -11,6 +11,7 @@ pub mod job;
 mod json;
 mod operation;
 mod presence;
+pub mod recovery;
 pub mod settings;
 mod usp;
 

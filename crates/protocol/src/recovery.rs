@@ -1,0 +1,139 @@
+//! What devices say of their updates on `iot/device/data`, and what the recovery of failed ones is told.
+
+use crate::device::check_size;
+use crate::{DecodeError, OperationId, Publication, ThingName};
+use serde::{Deserialize, Serialize};
+
+/// The topic that devices report the end of an update on.
+pub const UPDATE_REPORTS_TOPIC: &str = "iot/device/data";
+
+/// How long a model's or firmware's name may be, in characters: the limit of a thing's attribute
+/// (<https://docs.aws.amazon.com/general/latest/gr/iot-core.html>).
+const MAX_TEXT_CHARACTERS: usize = 800;
+
+/// How an update has ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum UpdateStatus {
+    /// The device could not update itself.
+    Failed,
+    /// It could.
+    Succeeded,
+}
+
+/// A device's report on one try of an update.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UpdateReport {
+    /// The device.
+    #[serde(rename = "_id_")]
+    pub thing_name: ThingName,
+    /// When the device says that the try ended, in Unix milliseconds: tells one report from another.
+    #[serde(with = "digits")]
+    pub timestamp: i64,
+    /// How it ended.
+    pub status: UpdateStatus,
+    /// The device's model, if it says so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model: Option<String>,
+    /// The firmware that it runs, if it says so.
+    #[serde(rename = "FW", default, skip_serializing_if = "Option::is_none")]
+    pub firmware: Option<String>,
+}
+
+impl UpdateReport {
+    /// The message for the cloud.
+    pub fn encode(&self) -> Publication {
+        let payload = serde_json::to_vec(self).unwrap_or_default();
+        Publication { topic: UPDATE_REPORTS_TOPIC.to_owned(), payload }
+    }
+
+    /// Reads the message in the cloud.
+    pub fn decode(payload: &[u8]) -> Result<Self, DecodeError> {
+        check_size(payload)?;
+        let report: Self = serde_json::from_slice(payload)
+            .map_err(|error| DecodeError::malformed(UPDATE_REPORTS_TOPIC, error))?;
+        for (field, text) in [("model", &report.model), ("FW", &report.firmware)] {
+            if text.as_ref().is_some_and(|text| text.chars().count() > MAX_TEXT_CHARACTERS) {
+                let error = format!("{field}: expected at most {MAX_TEXT_CHARACTERS} characters");
+                return Err(DecodeError::malformed(UPDATE_REPORTS_TOPIC, error));
+            }
+        }
+        Ok(report)
+    }
+}
+
+/// What the state machine of the recovery is started with.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Failure {
+    /// The device.
+    pub thing_name: ThingName,
+    /// Names this failure, and whatever is done about it.
+    pub operation_id: OperationId,
+    /// When the device says that it failed, in Unix milliseconds.
+    pub timestamp: i64,
+    /// When the broker got the report, in Unix milliseconds: devices' clocks are not to be trusted.
+    pub received_at: i64,
+    /// The device's model, as it says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model: Option<String>,
+    /// The firmware that it runs, as it says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub firmware: Option<String>,
+}
+
+/// Devices send numbers as texts of digits.
+mod digits {
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    /// The largest timestamp that is taken: the year 5138.
+    const MAX: i64 = 99_999_999_999_999;
+
+    pub(super) fn serialize<S: Serializer>(value: &i64, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(value)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<i64, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        let digits = text.bytes().all(|byte| byte.is_ascii_digit());
+        let value = text.parse().ok().filter(|value| digits && (0..=MAX).contains(value));
+        value.ok_or_else(|| {
+            let shown: String = text.chars().take(40).collect();
+            D::Error::custom(format!("timestamp: got {shown:?}, expected Unix milliseconds as a text of digits"))
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_report_is_read_and_written_as_the_known_devices_do() {
+        let text = r#"{"_id_":"3hwC2y7","timestamp":"1711320208793","status":"failed","model":"wo:v8","FW":"2.27"}"#;
+        let report = UpdateReport::decode(text.as_bytes()).unwrap();
+        assert_eq!((report.thing_name.as_str(), report.timestamp), ("3hwC2y7", 1_711_320_208_793));
+        assert_eq!(report.status, UpdateStatus::Failed);
+        assert_eq!((report.model.as_deref(), report.firmware.as_deref()), (Some("wo:v8"), Some("2.27")));
+        assert_eq!(String::from_utf8(report.encode().payload).unwrap(), text);
+    }
+
+    #[test]
+    fn what_is_no_report_says_which_field_is_wrong() {
+        let long = "x".repeat(801);
+        for (field, report) in [
+            ("_id_", r#"{"timestamp":"1","status":"failed"}"#.to_owned()),
+            ("a/b", r#"{"_id_":"a/b","timestamp":"1","status":"failed"}"#.to_owned()),
+            ("timestamp", r#"{"_id_":"a","timestamp":"-1","status":"failed"}"#.to_owned()),
+            ("timestamp", r#"{"_id_":"a","timestamp":"+1","status":"failed"}"#.to_owned()),
+            ("timestamp", r#"{"_id_":"a","timestamp":"","status":"failed"}"#.to_owned()),
+            ("timestamp", r#"{"_id_":"a","timestamp":"999999999999999","status":"failed"}"#.to_owned()),
+            ("string", r#"{"_id_":"a","timestamp":1,"status":"failed"}"#.to_owned()),
+            ("FAILED", r#"{"_id_":"a","timestamp":"1","status":"FAILED"}"#.to_owned()),
+            ("FW", format!(r#"{{"_id_":"a","timestamp":"1","status":"failed","FW":"{long}"}}"#)),
+        ] {
+            let error = UpdateReport::decode(report.as_bytes()).unwrap_err().to_string();
+            assert!(error.contains(field), "{report}: {error}");
+        }
+    }
+}
