@@ -20,6 +20,11 @@ pub(crate) fn text(value: impl Into<String>) -> AttributeValue {
 
 /// Now, in Unix seconds, as DynamoDB's time to live has it.
 pub(crate) fn now_seconds() -> i64 {
+    now_millis() / 1000
+}
+
+/// Now, in Unix milliseconds, as devices and the broker have it.
+pub(crate) fn now_millis() -> i64 {
     let since_epoch = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-    since_epoch.map_or(0, |elapsed| i64::try_from(elapsed.as_secs()).unwrap_or(i64::MAX))
+    since_epoch.map_or(0, |elapsed| i64::try_from(elapsed.as_millis()).unwrap_or(i64::MAX))
 }

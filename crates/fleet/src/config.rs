@@ -12,3 +12,9 @@ pub fn required(name: &str) -> Result<String, String> {
 pub fn optional(name: &str) -> Option<String> {
     std::env::var(name).ok().filter(|value| !value.is_empty())
 }
+
+/// The variable's value as a number.
+pub fn number(name: &str) -> Result<u32, String> {
+    let value = required(name)?;
+    value.parse().map_err(|_| format!("the environment variable {name} is {value:?}: expected a number"))
+}

@@ -13,6 +13,8 @@ pub enum ErrorName {
     InvalidInput,
     /// A device's message cannot be read.
     MalformedMessage,
+    /// A device's message speaks for another thing than the one that sent it.
+    SenderMismatch,
     /// The job id belongs to a job that was made from another payload.
     JobConflict,
     /// The job's target, a thing or thing group, does not exist.
@@ -65,9 +67,10 @@ pub enum ErrorName {
 
 impl ErrorName {
     /// Every name.
-    pub const ALL: [Self; 26] = [
+    pub const ALL: [Self; 27] = [
         Self::InvalidInput,
         Self::MalformedMessage,
+        Self::SenderMismatch,
         Self::JobConflict,
         Self::TargetNotFound,
         Self::ArtifactNotFound,
@@ -99,6 +102,7 @@ impl ErrorName {
         match self {
             Self::InvalidInput => "InvalidInput",
             Self::MalformedMessage => "MalformedMessage",
+            Self::SenderMismatch => "SenderMismatch",
             Self::JobConflict => "JobConflict",
             Self::TargetNotFound => "TargetNotFound",
             Self::ArtifactNotFound => "ArtifactNotFound",

@@ -1,7 +1,7 @@
 //! The cloud side: one library, one small binary a Lambda.
 //!
-//! Three contexts own their data and meet only in messages: [`jobs`] (who shall be updated), [`workflows`] (in
-//! what order, how far), [`devices`] (how to talk to them). They do not import each other, with one exception
+//! Four contexts own their data and meet only in messages: [`jobs`] (who shall be updated), [`workflows`] (in
+//! what order, how far), [`devices`] (how to talk to them), [`recovery`] (what becomes of those that fail). They do not import each other, with one exception
 //! that is the point of the system: `devices` uses `workflows::rendezvous`, where commands and answers meet.
 
 pub mod aws;
@@ -11,6 +11,7 @@ pub mod error;
 pub mod jobs;
 pub mod lambda;
 pub mod queue;
+pub mod recovery;
 pub mod tasks;
 pub mod workflows;
 

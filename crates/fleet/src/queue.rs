@@ -4,6 +4,7 @@ use crate::error::{aws, unbuilt};
 use crate::{Error, ErrorName};
 use aws_sdk_sqs::{Client, types::MessageAttributeValue};
 use base64::{Engine, prelude::BASE64_STANDARD};
+use protocol::recovery::UpdateReport;
 use serde::{Deserialize, de::DeserializeOwned};
 
 /// An MQTT message, as every topic rule of the template puts it into a queue: the bytes untouched.
@@ -13,6 +14,16 @@ pub struct MqttMessage {
     pub topic: String,
     /// The payload, base64.
     payload: String,
+    /// The MQTT client that published it; `n/a` if it was not published by MQTT. Only where the topic names no thing.
+    #[serde(default, rename = "clientId")]
+    client_id: Option<String>,
+    /// Whose credentials it was published with: a certificate's id, or what AWS IAM or Amazon Cognito calls the caller
+    /// (<https://docs.aws.amazon.com/iot/latest/developerguide/iot-sql-functions.html#iot-function-principal>).
+    #[serde(default)]
+    principal: Option<String>,
+    /// When the broker got it, in Unix milliseconds.
+    #[serde(default, rename = "receivedAt")]
+    received_at: Option<i64>,
 }
 
 impl MqttMessage {
@@ -28,10 +39,32 @@ impl MqttMessage {
             .map_err(|error| Error::new(ErrorName::MalformedMessage, format!("payload: {error}")))
     }
 
+    /// A report on an update, and when the broker got it (Unix milliseconds). Its topic is the same for all devices, so the
+    /// payload names the thing: a device must have connected as that thing. Others, such as an operator who tries the
+    /// workflow, publish with IAM credentials, whose policy has let them.
+    pub fn update_report(&self) -> Result<(UpdateReport, i64), Error> {
+        let report = UpdateReport::decode(&self.payload()?)?;
+        let client = self.client_id.as_deref().unwrap_or("n/a");
+        let is_device = self.principal.as_deref().is_none_or(is_certificate);
+        if is_device && client != report.thing_name.as_str() {
+            return Err(Error::new(
+                ErrorName::SenderMismatch,
+                format!("_id_: got {}, expected {client:?}, the client that sent it", report.thing_name),
+            ));
+        }
+        let missing = || Error::new(ErrorName::MalformedMessage, "receivedAt: missing in a message of the topic rule");
+        Ok((report, self.received_at.ok_or_else(missing)?))
+    }
+
     /// The payload as JSON.
     pub fn json<T: DeserializeOwned>(&self) -> Result<T, Error> {
         json(&self.topic, &self.payload()?)
     }
+}
+
+/// A certificate's id is a SHA-256 in hexadecimal.
+fn is_certificate(principal: &str) -> bool {
+    principal.len() == 64 && principal.bytes().all(|byte| byte.is_ascii_hexdigit())
 }
 
 /// Reads JSON; `what` is named in the error.
@@ -86,5 +119,34 @@ impl DeadLetters {
         }
         request.send().await.map_err(|error| aws("sqs:SendMessage", &error))?;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_reports_on_itself_only_and_people_on_any() {
+        let report = br#"{"_id_":"gateway-1","timestamp":"1","status":"failed"}"#;
+        let certificate = "0123456789abcdef".repeat(4);
+        let cases = [
+            (Some("gateway-1"), Some(certificate.as_str()), true),
+            (Some("gateway-2"), Some(&certificate), false),
+            (Some("n/a"), Some(&certificate), false),
+            (Some("gateway-2"), None, false),
+            (None, None, false),
+            (Some("n/a"), Some("AIDACKCEVSQ6C2EXAMPLE"), true),
+            (Some("iotconsole-1"), Some("AROADBQP57FF2AEXAMPLE:me"), true),
+        ];
+        for (client, principal, allowed) in cases {
+            let message = serde_json::json!({
+                "topic": "iot/device/data", "payload": BASE64_STANDARD.encode(report), "clientId": client,
+                "principal": principal, "receivedAt": 5,
+            });
+            let read = MqttMessage::parse(&message.to_string()).unwrap().update_report();
+            let expected = if allowed { Ok(5) } else { Err(ErrorName::SenderMismatch) };
+            assert_eq!(read.map(|read| read.1).map_err(|error| error.name), expected, "{client:?} {principal:?}");
+        }
     }
 }

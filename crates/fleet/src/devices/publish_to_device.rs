@@ -1,6 +1,7 @@
 //! Sends a command to a device. The token of the state that waits for the answer is stored first.
 
 use super::settings::{Push, SettingsTable};
+use crate::aws::now_millis;
 use crate::error::aws;
 use crate::tasks::Outcome;
 use crate::workflows::rendezvous::{Operation, Rendezvous, Wait};
@@ -12,7 +13,7 @@ use protocol::job::Artifact;
 use protocol::settings::{SettingCommand, Settings, operation_of};
 use protocol::{Command, Firmware, OperationId, ProtocolName, Publication, Step, ThingName};
 use serde::Deserialize;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 /// Seven days, the most that a signature of version 4 allows; also the longest timer of a job.
 const LONGEST_LIFETIME_SECONDS: u64 = 7 * 24 * 3600;
@@ -159,9 +160,4 @@ async fn sign(adapters: &Adapters, key: String, lifetime: Duration) -> Result<St
     let request = adapters.s3.get_object().bucket(&adapters.firmware_bucket).key(key);
     let signed = request.presigned(lifetime).await.map_err(|error| aws("s3:GetObject", &error))?;
     Ok(signed.uri().to_owned())
-}
-
-fn now_millis() -> i64 {
-    let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH);
-    since_epoch.map_or(0, |elapsed| i64::try_from(elapsed.as_millis()).unwrap_or(i64::MAX))
 }

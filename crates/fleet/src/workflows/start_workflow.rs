@@ -1,9 +1,11 @@
-//! A job has reached a device, or a device has come online: starts the workflow that is due, once.
+//! A job has reached a device, a device has come online, or has failed to update itself: starts the workflow that is
+//! due, once.
 
 use crate::error::{aws, code, unbuilt};
 use crate::queue::MqttMessage;
 use crate::{Error, ErrorName};
 use protocol::job::{JobDocument, NextExecution, NotifyNext, UpgradeInput, WorkflowName};
+use protocol::recovery::{Failure, UPDATE_REPORTS_TOPIC, UpdateReport};
 use protocol::settings::ConfigPushInput;
 use protocol::{InvalidId, OperationId, PresenceEvent, ThingName};
 use sha2::{Digest, Sha256};
@@ -17,6 +19,8 @@ pub struct Adapters {
     pub firmware_upgrade_arn: String,
     /// The state machine that brings settings to devices.
     pub config_push_arn: String,
+    /// The state machine that takes care of devices that cannot update themselves.
+    pub failed_update_recovery_arn: String,
 }
 
 /// An execution to start, once.
@@ -27,12 +31,15 @@ struct Start<'a> {
     input: Result<String, serde_json::Error>,
 }
 
-/// Handles one queued message of the broker: a job that has reached its device, or a device that has come online. A
-/// repeat starts nothing; a job that is not ours is left alone.
+/// Handles one queued message of the broker: a job that has reached its device, a device that has come online, or a
+/// report of a failed update. A repeat starts nothing; a job that is not ours is left alone.
 pub async fn handle(adapters: &Adapters, body: &str) -> Result<(), Error> {
     let message = MqttMessage::parse(body)?;
     let start = if message.topic.starts_with("$aws/events/presence/") {
         of_session(adapters, &message.json()?)?
+    } else if message.topic == UPDATE_REPORTS_TOPIC {
+        let (report, received_at) = message.update_report()?;
+        of_failure(adapters, report, received_at)?
     } else {
         let thing = thing_of_topic(&message.topic)?;
         let Some(start) = of_job(adapters, thing, message.json()?)? else { return Ok(()) };
@@ -84,12 +91,21 @@ fn of_session<'a>(adapters: &'a Adapters, event: &PresenceEvent) -> Result<Start
     Ok(Start { state_machine: &adapters.config_push_arn, key, input: serde_json::to_string(&input) })
 }
 
+/// The recovery of a failed update. The execution's name is its operation.
+fn of_failure(adapters: &Adapters, report: UpdateReport, received_at: i64) -> Result<Start<'_>, Error> {
+    let UpdateReport { thing_name, timestamp, model, firmware, .. } = report;
+    let key = [thing_name.to_string(), timestamp.to_string(), "failed".to_owned()];
+    let operation_id = execution_name(&key).parse().map_err(unbuilt)?;
+    let input = Failure { thing_name, operation_id, timestamp, received_at, model, firmware };
+    Ok(Start { state_machine: &adapters.failed_update_recovery_arn, key, input: serde_json::to_string(&input) })
+}
+
 fn thing_of_topic(topic: &str) -> Result<ThingName, Error> {
     topic
         .strip_prefix("$aws/things/")
         .and_then(|rest| rest.strip_suffix("/jobs/notify-next"))
         .and_then(|thing| thing.parse().ok())
-        .ok_or_else(|| Error::invalid("topic", topic, "$aws/things/{thing}/jobs/notify-next, or presence"))
+        .ok_or_else(|| Error::invalid("topic", topic, "$aws/things/{thing}/jobs/notify-next, presence, or iot/device/data"))
 }
 
 /// The same parts always make the same name, other parts another one: Step Functions then refuses a second start.
@@ -161,6 +177,7 @@ mod tests {
             step_functions: mock_client!(aws_sdk_sfn, [&start]),
             firmware_upgrade_arn: "arn:state-machine".into(),
             config_push_arn: "arn:config-push".into(),
+            failed_update_recovery_arn: "arn:recovery".into(),
         };
         (handle(&adapters, &message(document)).await, start.num_calls())
     }

@@ -1,0 +1,20 @@
+//! A device has updated itself after all: its history is cleared and, if it is parked, its parking ends.
+
+use super::registry::Registry;
+use crate::Error;
+use crate::aws::now_seconds;
+use crate::queue::MqttMessage;
+
+/// Handles one queued report of a success.
+pub async fn handle(registry: &Registry, body: &str) -> Result<(), Error> {
+    let message = MqttMessage::parse(body)?;
+    let (report, received_at) = message.update_report()?;
+    let thing = &report.thing_name;
+    let (device, outcome) = registry.table.change(thing, |device| device.succeed(received_at, now_seconds())).await?;
+    // Whatever the outcome: an earlier delivery of this message may have been broken off here.
+    if device.held.is_some() {
+        registry.reconcile(thing).await?;
+    }
+    tracing::info!(thing = thing.as_str(), timestamp = report.timestamp, ?outcome);
+    Ok(())
+}

@@ -1,0 +1,89 @@
+//! The registry's side of the recovery: a thing's attributes follow its item in the table.
+
+use super::device::{ATTRIBUTES, Device, Registered, Step, Values};
+use super::table::RecoveryTable;
+use crate::error::{aws, code};
+use crate::{Error, ErrorName};
+use aws_sdk_iot::types::AttributePayload;
+use protocol::{OperationId, ThingName};
+
+/// How many steps the way from an item to its thing may have, with those that were repeated because somebody else changed
+/// one of them.
+const STEPS: u32 = 30;
+
+/// The registry and the table that it follows.
+#[derive(Debug, Clone)]
+pub struct Registry {
+    /// The registry.
+    pub iot: aws_sdk_iot::Client,
+    /// What is known of devices.
+    pub table: RecoveryTable,
+}
+
+/// A thing that is as its item says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Reconciled {
+    /// The item.
+    pub device: Device,
+    /// The attributes now.
+    pub attributes: Values,
+    /// Those that an operator has changed while the device was held, and that were left so.
+    pub changed_by_operator: Values,
+}
+
+impl Registry {
+    /// Makes a thing's attributes what its item says, step by step, each with what was read just before. It can be
+    /// repeated whenever it was broken off, and others may do the same at the same time. All other attributes stay.
+    pub async fn reconcile(&self, thing: &ThingName) -> Result<Reconciled, Error> {
+        for _ in 0..STEPS {
+            let device = self.table.get(thing).await?;
+            let Some(operation) = device.held.as_ref().map(|held| held.operation_id.clone()) else {
+                return Ok(Reconciled { device, attributes: Values::new(), changed_by_operator: Values::new() });
+            };
+            let registered = self.read(thing).await?;
+            match device.next_step(&registered) {
+                Step::Done => {
+                    let changed_by_operator = device.changed_by_operator(&registered);
+                    return Ok(Reconciled { device, attributes: registered.attributes, changed_by_operator });
+                }
+                step => self.go(thing, &operation, step).await?,
+            }
+        }
+        Err(Error::new(ErrorName::Throttled, format!("the attributes of {thing} were changed again and again meanwhile")))
+    }
+
+    async fn go(&self, thing: &ThingName, operation: &OperationId, step: Step) -> Result<(), Error> {
+        match step {
+            Step::Done => Ok(()),
+            Step::Keep(attributes) => {
+                self.table.change(thing, |device| device.keep(operation, &attributes)).await.map(|_| ())
+            }
+            Step::Mark => self.table.change(thing, |device| device.mark(operation)).await.map(|_| ()),
+            Step::Update { attributes, version } => self.update(thing, attributes, version).await,
+        }
+    }
+
+    async fn read(&self, thing: &ThingName) -> Result<Registered, Error> {
+        let described = self.iot.describe_thing().thing_name(thing.as_str()).send().await.map_err(|error| {
+            if code(&error) == Some("ResourceNotFoundException") {
+                return Error::new(ErrorName::DeviceNotFound, format!("the registry has no thing {thing}"));
+            }
+            aws("iot:DescribeThing", &error)
+        })?;
+        let mut attributes: Values = described.attributes.unwrap_or_default().into_iter().collect();
+        attributes.retain(|name, _| ATTRIBUTES.contains(&name.as_str()));
+        Ok(Registered { version: described.version, attributes })
+    }
+
+    /// Changes attributes unless the thing has been changed meanwhile.
+    async fn update(&self, thing: &ThingName, attributes: Values, version: i64) -> Result<(), Error> {
+        let payload =
+            AttributePayload::builder().set_attributes(Some(attributes.into_iter().collect())).merge(true).build();
+        let update = self.iot.update_thing().thing_name(thing.as_str()).attribute_payload(payload);
+        match update.expected_version(version).send().await {
+            Ok(_) => Ok(()),
+            Err(error) if code(&error) == Some("VersionConflictException") => Ok(()),
+            Err(error) => Err(aws("iot:UpdateThing", &error)),
+        }
+    }
+}
