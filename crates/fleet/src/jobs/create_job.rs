@@ -5,7 +5,8 @@ use crate::{Error, ErrorName};
 use aws_sdk_iot::operation::describe_job_template::DescribeJobTemplateOutput;
 use aws_sdk_iot::types::{
     AbortAction, AbortConfig, AbortCriteria, ExponentialRolloutRate, JobExecutionFailureType,
-    JobExecutionsRolloutConfig, RateIncreaseCriteria, TargetSelection, TimeoutConfig,
+    JobExecutionsRetryConfig, JobExecutionsRolloutConfig, RateIncreaseCriteria, RetryCriteria, RetryableFailureType,
+    TargetSelection, TimeoutConfig,
 };
 use base64::{Engine, prelude::BASE64_STANDARD};
 use protocol::job::{Artifact, JobDocument};
@@ -60,6 +61,9 @@ pub struct Input {
     /// When to give the whole job up. Default: as the job template says.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub abort: Option<Abort>,
+    /// How often AWS IoT Jobs tries again when a device's upgrade has failed or timed out, 1 to 10. Default: never.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retries: Option<i32>,
     /// How long one device's upgrade may take in all, in minutes. Default: as the job template says.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub timeout_minutes: Option<u32>,
@@ -157,6 +161,7 @@ async fn create(
     let timeout = TimeoutConfig::builder().in_progress_timeout_in_minutes(i64::from(document.timeout_minutes)).build();
     let rollout = input.rollout.as_ref().map(rollout_config).transpose()?;
     let abort = input.abort.as_ref().map(abort_config).transpose()?;
+    let retries = input.retries.map(retry_config).transpose()?;
     let result = adapters
         .iot
         .create_job()
@@ -171,6 +176,7 @@ async fn create(
         .timeout_config(timeout)
         .set_job_executions_rollout_config(rollout.or(template.job_executions_rollout_config))
         .set_abort_config(abort.or(template.abort_config))
+        .set_job_executions_retry_config(retries.or(template.job_executions_retry_config))
         .send()
         .await;
     match result {
@@ -288,6 +294,12 @@ fn rollout_config(rollout: &Rollout) -> Result<JobExecutionsRolloutConfig, Error
         .build())
 }
 
+fn retry_config(retries: i32) -> Result<JobExecutionsRetryConfig, Error> {
+    let criteria = RetryCriteria::builder().failure_type(RetryableFailureType::All).number_of_retries(retries);
+    let criteria = criteria.build().map_err(unbuilt)?;
+    JobExecutionsRetryConfig::builder().criteria_list(criteria).build().map_err(unbuilt)
+}
+
 fn abort_config(abort: &Abort) -> Result<AbortConfig, Error> {
     let criteria = AbortCriteria::builder()
         .failure_type(JobExecutionFailureType::All)
@@ -318,6 +330,8 @@ impl Input {
         in_range("timeoutMinutes", self.timeout_minutes, 1..=10_080)?;
         self.rollout.as_ref().map_or(Ok(()), Rollout::validate)?;
         self.abort.as_ref().map_or(Ok(()), Abort::validate)?;
+        // The limit of the CreateJob API.
+        in_range("retries", self.retries, 1..=10)?;
         self.artifact.as_ref().map_or(Ok(()), |artifact| validate_artifact(artifact, stack))
     }
 
@@ -553,6 +567,7 @@ mod tests {
                 "abort.percentage: got 0, expected 0.01 to 100",
             ),
             (json!({"abort": {"percentage": 10.0, "minimumExecuted": 0}}), "abort.minimumExecuted: got 0"),
+            (json!({"retries": 11}), "retries: got 11, expected 1 to 10"),
             (json!({"artifact": {"url": "ftp://x"}}), "artifact.url: got \"ftp://x\""),
             (json!({"artifact": {"url": "https://x", "key": "k"}}), "artifact.url: got bucket or key too"),
             (json!({"artifact": {"bucket": "other", "key": "k"}}), "artifact.bucket: got \"other\""),
@@ -566,6 +581,7 @@ mod tests {
             assert!(error.message.starts_with(message), "{} does not begin with {message}", error.message);
         }
         for extra in [
+            json!({"retries": 10}),
             json!({"rollout": {"maximumPerMinute": 1000}, "abort": {"percentage": 10.5, "minimumExecuted": 1}}),
             json!({"targetArn": "arn:aws:iot:eu-west-1:000000000000:thing/gateway:1"}),
             json!({"artifact": {"url": "https://images.example.com/1.2.3"}, "timeoutMinutes": 10080}),

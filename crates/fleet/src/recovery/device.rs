@@ -13,6 +13,8 @@ const MOVE_OUT: &str = "moveOut";
 const FAILED_TO_UPDATE: &str = "failedtoupdate";
 /// How many failures are remembered.
 const HISTORY: usize = 20;
+/// The version of attributes that are not of this parking; things begin with 1.
+const UNREAD: i64 = 0;
 /// How long an item is kept after a success or a release, in seconds: longer than any queue keeps a message.
 const KEEP_SECONDS: i64 = 30 * 24 * 3600;
 
@@ -235,7 +237,7 @@ impl Device {
                 since: failure.received_at,
                 decision,
                 // If the attributes of the last parking have not come back yet, they are still only here.
-                backup: self.held.take().and_then(|last| last.backup),
+                backup: self.held.take().and_then(|last| last.backup).map(|last| Registered { version: UNREAD, ..last }),
                 marked: false,
                 ended: None,
             });
@@ -303,26 +305,20 @@ impl Device {
         self.phase == phase && self.held.as_ref().is_some_and(|held| held.operation_id == *operation)
     }
 
-    /// What is to be done next, so that the registry says what this item says. Each step may be the last before a
-    /// crash: whoever asks again goes on from there.
+    /// What is to be done next, so that the registry says what this item says. The registry must have been read before
+    /// the item. Each step may be the last before a crash: whoever asks again goes on from there.
     pub(super) fn next_step(&self, now: &Registered) -> Step {
         let Some(held) = &self.held else { return Step::Done };
         match (self.phase.marker(), &held.backup) {
             (Some(_), _) if held.marked => Step::Done,
-            (Some(marker), backup) => {
-                let open: Values = ATTRIBUTES
-                    .into_iter()
-                    .filter(|name| now.attributes.get(*name).is_none_or(|value| value != marker))
-                    .map(|name| (name.to_owned(), marker.to_owned()))
-                    .collect();
-                match backup {
-                    Some(_) if open.is_empty() => Step::Mark,
-                    Some(backup) if backup.version == now.version => {
-                        Step::Update { attributes: open, version: now.version }
-                    }
-                    last => Step::Keep(now.without_markers(last.as_ref())),
-                }
+            // Even attributes that are as they shall be are written: whoever is about to bring back those of the last
+            // parking holds a version that must not be the thing's any more.
+            (Some(marker), Some(backup)) if backup.version == now.version => {
+                let attributes = ATTRIBUTES.map(|name| (name.to_owned(), marker.to_owned())).into();
+                Step::Update { attributes, version: now.version }
             }
+            (Some(marker), Some(backup)) if backup.version != UNREAD && now.is_marked(marker) => Step::Mark,
+            (Some(_), _) => Step::Keep(now.clone()),
             (None, None) => Step::Done,
             (None, Some(backup)) => {
                 let marked = ATTRIBUTES.into_iter().filter(|name| is_marker(now.attributes.get(*name)));
@@ -335,8 +331,10 @@ impl Device {
 
     /// Keeps the attributes of the parking or quarantine that they were read for.
     pub(super) fn keep(&mut self, operation: &OperationId, attributes: &Registered) {
-        if let Some(held) = self.held_open(operation) {
-            held.backup = Some(attributes.clone());
+        let Some(held) = self.held_open(operation) else { return };
+        // Another may have kept newer ones meanwhile, and changed them.
+        if held.backup.as_ref().is_none_or(|last| last.version < attributes.version) {
+            held.backup = Some(attributes.without_markers(held.backup.as_ref()));
         }
     }
 
@@ -361,6 +359,10 @@ impl Device {
 }
 
 impl Registered {
+    fn is_marked(&self, marker: &str) -> bool {
+        ATTRIBUTES.into_iter().all(|name| self.attributes.get(name).is_some_and(|value| value == marker))
+    }
+
     /// The attributes without those that hide a device: what these were before is known from the last time.
     fn without_markers(&self, last: Option<&Self>) -> Self {
         let value = |name: &str| match self.attributes.get(name) {
@@ -369,5 +371,119 @@ impl Registered {
         };
         let attributes = ATTRIBUTES.into_iter().filter_map(|name| Some((name.to_owned(), value(name)?)));
         Self { version: self.version, attributes: attributes.collect() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMITS: Limits = Limits { attempts: 10, cycles: 2 };
+
+    fn failure(at: i64) -> Failure {
+        Failure {
+            thing_name: "gateway-1".parse().unwrap(),
+            operation_id: format!("gateway-1-{at}").parse().unwrap(),
+            timestamp: at,
+            received_at: at,
+            model: None,
+            firmware: None,
+        }
+    }
+
+    /// A device that has failed at these times.
+    fn failed(times: std::ops::RangeInclusive<i64>) -> Device {
+        let mut device = Device::default();
+        times.for_each(|at| _ = device.fail(&failure(at), LIMITS));
+        device
+    }
+
+    #[test]
+    fn the_tenth_failure_parks_and_that_of_the_second_cycle_quarantines() {
+        let mut device = Device::default();
+        for cycle in 1..=2 {
+            for attempt in 1..=10 {
+                let at = i64::from(cycle * 100 + attempt);
+                let decision = match (attempt, cycle) {
+                    (10, 1) => Decision::Park,
+                    (10, 2) => Decision::Quarantine,
+                    _ => Decision::Retry,
+                };
+                let expected = Counted { decision, attempt, cycle };
+                assert_eq!(device.fail(&failure(at), LIMITS), expected);
+                // Said again at once: the same answer, and nothing counts twice.
+                let before = device.clone();
+                assert_eq!(device.fail(&failure(at), LIMITS), expected);
+                assert_eq!(device, before);
+            }
+            assert_eq!(device.restore(&failure(i64::from(cycle * 100 + 10)).operation_id), cycle == 1);
+        }
+        assert_eq!((device.phase, device.cycles, device.attempts), (Phase::Quarantined, 1, 10));
+        for at in 300..350 {
+            assert_eq!(device.fail(&failure(at), LIMITS).decision, Decision::Ignored);
+        }
+        assert_eq!((device.ignored, device.history.len(), device.attempts), (50, HISTORY, 10));
+        // The deciding failure's answer is known even when it is out of the history.
+        assert_eq!(device.fail(&failure(210), LIMITS).decision, Decision::Quarantine);
+        assert_eq!(device.fail(&failure(110), LIMITS).decision, Decision::Ignored);
+    }
+
+    #[test]
+    fn failures_while_parked_change_nothing_but_their_number() {
+        let mut device = failed(1..=10);
+        let held = device.held.clone();
+        for at in 11..=15 {
+            assert_eq!(device.fail(&failure(at), LIMITS).decision, Decision::Ignored);
+        }
+        assert_eq!((device.phase, device.ignored, &device.held), (Phase::Parked, 5, &held));
+    }
+
+    #[test]
+    fn a_success_clears_what_was_before_it() {
+        let mut device = failed(1..=10);
+        assert_eq!(device.succeed(20, 0), Cleared::Cleared);
+        assert_eq!((device.phase, device.attempts, device.cycles, device.ignored), (Phase::Active, 0, 0, 0));
+        assert_eq!(device.expires_at, Some(KEEP_SECONDS));
+        let before = device.clone();
+        assert_eq!(device.succeed(20, 5), Cleared::Stale, "said twice");
+        assert_eq!(device.fail(&failure(15), LIMITS).decision, Decision::Ignored, "late");
+        assert_eq!(device, before);
+        assert!(!device.restore(&failure(10).operation_id), "the parking has ended otherwise");
+        assert_eq!(device.fail(&failure(21), LIMITS).attempt, 1);
+        assert_eq!(device.expires_at, None);
+    }
+
+    #[test]
+    fn a_success_between_failures_leaves_the_later_ones() {
+        let mut device = failed(1..=10);
+        assert_eq!(device.succeed(8, 0), Cleared::Cleared);
+        assert_eq!((device.phase, device.attempts, device.expires_at), (Phase::Active, 2, None));
+        let mut device = failed(5..=7);
+        assert_eq!(device.succeed(4, 0), Cleared::Stale);
+        assert_eq!(device.attempts, 3);
+    }
+
+    #[test]
+    fn only_an_operator_ends_a_quarantine() {
+        let mut device = failed(1..=10);
+        assert!(device.restore(&failure(10).operation_id));
+        (11..=20).for_each(|at| _ = device.fail(&failure(at), LIMITS));
+        assert_eq!(device.phase, Phase::Quarantined);
+        assert_eq!(device.succeed(30, 0), Cleared::Quarantined);
+        assert!(!device.restore(&failure(20).operation_id));
+        assert!(device.release(40_000));
+        assert_eq!((device.phase, device.attempts, device.cycles), (Phase::Active, 0, 0));
+        assert_eq!(device.expires_at, Some(40 + KEEP_SECONDS));
+        assert!(!device.release(50_000), "nothing to release any more");
+        assert_eq!(device.fail(&failure(60_000), LIMITS), Counted { decision: Decision::Retry, attempt: 1, cycle: 1 });
+    }
+
+    #[test]
+    fn failures_in_any_order_count_the_same() {
+        let mut device = Device::default();
+        for at in [5, 3, 9, 1, 7, 2, 8, 4, 6] {
+            assert_eq!(device.fail(&failure(at), LIMITS).decision, Decision::Retry);
+        }
+        assert_eq!(device.fail(&failure(10), LIMITS).decision, Decision::Park);
     }
 }

@@ -4,6 +4,8 @@ mod device;
 pub mod record_success;
 pub mod restore_attributes;
 pub mod retry_counter;
+#[cfg(test)]
+mod model;
 mod registry;
 mod table;
 

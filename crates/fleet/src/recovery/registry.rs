@@ -36,17 +36,15 @@ impl Registry {
     /// repeated whenever it was broken off, and others may do the same at the same time. All other attributes stay.
     pub async fn reconcile(&self, thing: &ThingName) -> Result<Reconciled, Error> {
         for _ in 0..STEPS {
-            let device = self.table.get(thing).await?;
-            let Some(operation) = device.held.as_ref().map(|held| held.operation_id.clone()) else {
-                return Ok(Reconciled { device, attributes: Values::new(), changed_by_operator: Values::new() });
-            };
+            // In this order: see `next_step`.
             let registered = self.read(thing).await?;
-            match device.next_step(&registered) {
-                Step::Done => {
+            let device = self.table.get(thing).await?;
+            match (device.next_step(&registered), &device.held) {
+                (Step::Done, _) | (_, None) => {
                     let changed_by_operator = device.changed_by_operator(&registered);
                     return Ok(Reconciled { device, attributes: registered.attributes, changed_by_operator });
                 }
-                step => self.go(thing, &operation, step).await?,
+                (step, Some(held)) => self.go(thing, &held.operation_id, step).await?,
             }
         }
         Err(Error::new(ErrorName::Throttled, format!("the attributes of {thing} were changed again and again meanwhile")))
