@@ -177,8 +177,13 @@ impl Cloud {
 
     /// Invokes create-job: its output, or its error's type and message.
     pub async fn invoke_create_job(&self, payload: &Value) -> Result<Value, (String, String)> {
-        let invoke = self.lambda.invoke().function_name(self.output("CreateJobFunctionName"));
-        let output = invoke.payload(Blob::new(payload.to_string())).send().await.expect("create-job is invoked");
+        self.invoke("CreateJobFunctionName", payload).await
+    }
+
+    /// Invokes the function that an output names: its output, or its error's type and message.
+    pub async fn invoke(&self, function: &str, payload: &Value) -> Result<Value, (String, String)> {
+        let invoke = self.lambda.invoke().function_name(self.output(function));
+        let output = invoke.payload(Blob::new(payload.to_string())).send().await.expect("the function is invoked");
         let body: Value = serde_json::from_slice(output.payload().map_or(b"null", Blob::as_ref)).expect("JSON");
         let text = |name: &str| body[name].as_str().unwrap_or_default().to_owned();
         if output.function_error().is_some() { Err((text("errorType"), text("errorMessage"))) } else { Ok(body) }

@@ -1,13 +1,17 @@
 //! What the end-to-end tests share: the deployed stack, jobs on it, and a device that does exactly what a test says.
 
 mod cloud;
+mod crash;
 mod mqtt_device;
 mod pushes;
+mod recoveries;
 mod scripted_device;
 
 pub use cloud::{Cloud, Ended, Image, kill_functions, names, with_faults};
+pub use crash::{Crash, crashing};
 pub use mqtt_device::MqttDevice;
 pub use pushes::{Pushed, settings_api};
+pub use recoveries::ORIGINAL;
 pub use scripted_device::ScriptedDevice;
 
 /// How long a test waits for something that must happen before it says that it did not.

@@ -51,7 +51,12 @@ impl Cloud {
 
     /// The executions of a thing's pushes, in the order of their start.
     pub async fn pushes(&self, thing: &ThingName) -> Vec<ExecutionListItem> {
-        let list = self.step_functions.list_executions().state_machine_arn(self.output("ConfigPushArn"));
+        self.executions_of("ConfigPushArn", thing).await
+    }
+
+    /// The executions of a thing, in the order of their start; the state machine is that of an output.
+    pub async fn executions_of(&self, state_machine: &str, thing: &ThingName) -> Vec<ExecutionListItem> {
+        let list = self.step_functions.list_executions().state_machine_arn(self.output(state_machine));
         let executions = list.into_paginator().items().send().collect::<Result<Vec<_>, _>>().await.expect("executions");
         let prefix = format!("{thing}-");
         let mut own: Vec<_> = executions.into_iter().filter(|execution| execution.name.starts_with(&prefix)).collect();

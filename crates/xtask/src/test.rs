@@ -24,6 +24,8 @@ const TEST_PARAMETERS: &[(&str, &str)] = &[
     ("InstallTimeoutSeconds", STEP_TIMEOUT_SECONDS),
     ("RebootTimeoutSeconds", STEP_TIMEOUT_SECONDS),
     ("SettingTimeoutSeconds", "15"),
+    ("ParkingSeconds", "15"),
+    ("SettlingSeconds", "3"),
 ];
 
 /// What `test` takes.

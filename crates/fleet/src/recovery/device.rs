@@ -187,6 +187,13 @@ fn is_marker(value: Option<&String>) -> bool {
     value.is_some_and(|value| value == MOVE_OUT || value == FAILED_TO_UPDATE)
 }
 
+impl Held {
+    /// Whether the thing's attributes have been changed.
+    pub fn is_marked(&self) -> bool {
+        self.marked
+    }
+}
+
 impl Device {
     /// Counts a failure, once.
     pub fn fail(&mut self, failure: &Failure, limits: Limits) -> Counted {

@@ -1,0 +1,395 @@
+//! Recovery of failed updates, end to end: the deployed template, the real Lambda binaries, real MQTT over TLS.
+//!
+//! `cargo xtask test` runs them; they need its local cloud.
+#![allow(clippy::unwrap_used)]
+
+use aws_config::SdkConfig;
+use aws_sdk_sfn::types::ExecutionStatus;
+use device_simulator::provision::ProtocolMix;
+use fleet::recovery::restore_attributes::{self, Input};
+use fleet::recovery::{Decision, Limits, Phase, RecoveryTable, Registry, record_success, retry_counter};
+use fleet::{Error, ErrorName};
+use protocol::ThingName;
+use protocol::recovery::{Failure, UPDATE_REPORTS_TOPIC, UpdateReport, UpdateStatus};
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::sync::atomic::Ordering;
+use tests::{Cloud, Crash, MqttDevice, ORIGINAL, crashing};
+
+/// What the tests' stack is deployed with by default.
+const LIMITS: Limits = Limits { attempts: 10, cycles: 2 };
+
+fn now() -> i64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+    i64::try_from(now.as_millis()).unwrap()
+}
+
+/// The attributes of a thing as they are when `FW` and `model` have these values.
+fn attributes(firmware: &str, model: &str) -> BTreeMap<String, String> {
+    [("FW", firmware), ("model", model), ("site", "north")]
+        .map(|(name, value)| (name.to_owned(), value.to_owned()))
+        .into()
+}
+
+fn original() -> BTreeMap<String, String> {
+    let [(_, firmware), (_, model)] = ORIGINAL;
+    attributes(firmware, model)
+}
+
+/// Waits until the thing's attributes are these.
+async fn await_attributes(cloud: &Cloud, thing: &ThingName, expected: &BTreeMap<String, String>) {
+    tests::eventually(&format!("the attributes of {thing} are {expected:?}"), || async {
+        (cloud.attributes(thing).await == *expected).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test]
+#[ignore = "needs the local cloud: cargo xtask test"]
+async fn ten_failures_at_once_park_a_device_once_and_its_time_brings_it_back() {
+    let cloud = Cloud::connect().await;
+    let thing = cloud.thing("park").await;
+    let begin = now();
+    cloud.fail(&thing, begin..begin + 10).await;
+    let parked = cloud.await_recovery(&thing, "parked", |device| device.phase == Phase::Parked).await;
+    assert_eq!((parked.attempts, parked.cycles, parked.ignored), (10, 0, 0));
+    await_attributes(&cloud, &thing, &attributes("moveOut", "moveOut")).await;
+
+    // Said again, and further ones.
+    cloud.fail(&thing, begin..begin + 10).await;
+    cloud.fail(&thing, begin + 10..begin + 13).await;
+    let later = cloud.await_recovery(&thing, "three are ignored", |device| device.ignored == 3).await;
+    let operation = parked.held.unwrap().operation_id;
+    assert_eq!((later.attempts, &later.held.unwrap().operation_id), (10, &operation));
+
+    let recovered = cloud.recovered(&thing, 13).await;
+    let outcomes = |outcome: &str| recovered.iter().filter(|one| one.output["outcome"] == outcome).count();
+    assert_eq!((outcomes("RETRY"), outcomes("RESTORED"), outcomes("IGNORED")), (9, 1, 3), "{recovered:?}");
+    let mut attempts: Vec<_> = recovered.iter().filter_map(|one| one.output["attempt"].as_i64()).collect();
+    attempts.sort_unstable();
+    assert_eq!(attempts, [0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10]);
+    assert_eq!(cloud.attributes(&thing).await, original());
+    let device = cloud.recovery(&thing).await;
+    assert_eq!((device.phase, device.attempts, device.cycles), (Phase::Active, 0, 1));
+}
+
+#[tokio::test]
+#[ignore = "needs the local cloud: cargo xtask test"]
+async fn what_an_operator_changes_during_a_parking_stays() {
+    let cloud = Cloud::connect().await;
+    let thing = cloud.thing("edit").await;
+    let begin = now();
+    cloud.fail(&thing, begin..begin + 10).await;
+    await_attributes(&cloud, &thing, &attributes("moveOut", "moveOut")).await;
+    cloud.await_recovery(&thing, "parked", |device| device.held.as_ref().is_some_and(|held| held.is_marked())).await;
+    cloud.set_attribute(&thing, "FW", "3.0").await;
+    cloud.set_attribute(&thing, "site", "south").await;
+    let recovered = cloud.recovered(&thing, 10).await;
+    let restored = recovered.iter().find(|one| one.output["outcome"] == "RESTORED").unwrap();
+    assert_eq!(restored.output["changedByOperator"], json!({"FW": "3.0"}));
+    let mut expected = attributes("3.0", "wo:v8");
+    expected.insert("site".into(), "south".into());
+    assert_eq!(cloud.attributes(&thing).await, expected);
+}
+
+#[tokio::test]
+#[ignore = "needs the local cloud: cargo xtask test"]
+async fn a_success_ends_the_parking_and_restoring_does_nothing_then() {
+    let cloud = Cloud::connect().await;
+    let thing = cloud.thing("success").await;
+    let begin = now();
+    cloud.fail(&thing, begin..begin + 10).await;
+    await_attributes(&cloud, &thing, &attributes("moveOut", "moveOut")).await;
+    for _ in 0..2 {
+        cloud.report(&thing, UpdateStatus::Succeeded, begin + 10).await;
+    }
+    await_attributes(&cloud, &thing, &original()).await;
+    let device = cloud.await_recovery(&thing, "cleared", |device| device.phase == Phase::Active).await;
+    assert_eq!((device.attempts, device.cycles, device.ignored), (0, 0, 0));
+    // While the timer of the parking still runs, the device may get other attributes.
+    cloud.set_attribute(&thing, "FW", "2.28").await;
+    let recovered = cloud.recovered(&thing, 10).await;
+    assert_eq!(recovered.iter().filter(|one| one.output["outcome"] == "NOT_PARKED").count(), 1);
+    assert_eq!(cloud.attributes(&thing).await, attributes("2.28", "wo:v8"));
+    // A new history.
+    cloud.fail(&thing, [begin + 20]).await;
+    assert_eq!(cloud.await_recovery(&thing, "one failure", |device| device.attempts == 1).await.cycles, 0);
+}
+
+#[tokio::test]
+#[ignore = "needs the local cloud: cargo xtask test"]
+async fn the_second_cycle_quarantines_once_and_an_operator_releases() {
+    let cloud = Cloud::connect().await;
+    let things = [cloud.thing("quarantine").await, cloud.thing("quarantine").await];
+    let begin = now();
+    for thing in &things {
+        cloud.fail(thing, begin..begin + 10).await;
+    }
+    for thing in &things {
+        cloud.recovered(thing, 10).await;
+        // More than are left of its budget, all at once.
+        cloud.fail(thing, begin + 100..begin + 112).await;
+    }
+    for thing in &things {
+        let recovered = cloud.recovered(thing, 22).await;
+        assert!(recovered.iter().all(|one| one.status == ExecutionStatus::Succeeded), "{recovered:?}");
+        let outcomes = |outcome: &str| recovered.iter().filter(|one| one.output["outcome"] == outcome).count();
+        assert_eq!((outcomes("RETRY"), outcomes("QUARANTINED"), outcomes("IGNORED")), (18, 1, 2), "{recovered:?}");
+        assert_eq!(cloud.attributes(thing).await, attributes("failedtoupdate", "failedtoupdate"));
+        assert!(cloud.is_in_failed_group(thing).await);
+        let device = cloud.recovery(thing).await;
+        assert_eq!((device.phase, device.attempts, device.cycles, device.ignored), (Phase::Quarantined, 10, 1, 2));
+    }
+    let messages = cloud.quarantines(&things, 2).await;
+    assert_eq!(messages.len(), 2, "{messages:?}");
+    assert!(messages.iter().all(|message| message["cycle"] == 2 && message["eventType"] == "DEVICE_QUARANTINED"));
+
+    let unknown = format!("{}-unknown", things[0]);
+    let names = [things[0].as_str(), &unknown, things[1].as_str()];
+    let answer = cloud.restore_attributes(&json!({"action": "release", "thingNames": names})).await.unwrap();
+    let outcomes: Vec<_> = answer["things"].as_array().unwrap().iter().map(|one| one["outcome"].clone()).collect();
+    assert_eq!((outcomes, &answer["failed"]), (vec!["RELEASED".into(), "FAILED".into(), "RELEASED".into()], &json!(1)));
+    assert_eq!(answer["things"][1]["error"], "DeviceNotFound");
+    for thing in &things {
+        assert_eq!(cloud.attributes(thing).await, original());
+        assert!(!cloud.is_in_failed_group(thing).await);
+    }
+    // A late repeat of an old failure does not count, a new one begins a fresh history.
+    let thing = &things[0];
+    let again = cloud.restore_attributes(&json!({"action": "release", "thingName": thing})).await.unwrap();
+    assert_eq!(again["outcome"], "NOTHING_TO_RELEASE");
+    cloud.fail(thing, [begin + 200]).await;
+    let device = cloud.await_recovery(thing, "a fresh history", |device| device.attempts == 1).await;
+    assert_eq!((device.phase, device.cycles, device.ignored), (Phase::Active, 0, 0));
+}
+
+#[tokio::test]
+#[ignore = "needs the local cloud: cargo xtask test"]
+async fn a_payload_of_an_operator_that_is_wrong_says_how() {
+    let cloud = Cloud::connect().await;
+    let many: Vec<String> = (0..101).map(|number| format!("t-{number}")).collect();
+    for (payload, expected) in [
+        (json!({"thingName": "t"}), "missing field `action`"),
+        (json!({"action": "free", "thingName": "t"}), "action: unknown variant `free`"),
+        (json!({"action": "release"}), "thingName or thingNames"),
+        (json!({"action": "release", "thingName": "a/b"}), "a-z A-Z 0-9 : _ -"),
+        (json!({"action": "release", "thingNames": []}), "expected 1 to 100"),
+        (json!({"action": "release", "thingNames": many}), "got 101 things"),
+        (json!({"action": "park", "thingName": "t"}), "thingName and operationId"),
+        (json!({"action": "release", "thing": "t"}), "unknown field `thing`"),
+    ] {
+        let (name, message) = cloud.restore_attributes(&payload).await.unwrap_err();
+        assert_eq!(name, "InvalidInput", "{payload}");
+        assert!(message.contains(expected), "{payload}: {message}");
+    }
+    let (name, _) =
+        cloud.restore_attributes(&json!({"action": "release", "thingName": "nobody"})).await.unwrap_err();
+    assert_eq!(name, "DeviceNotFound");
+}
+
+#[tokio::test]
+#[ignore = "needs the local cloud: cargo xtask test"]
+async fn a_device_reports_on_itself_only() {
+    let cloud = Cloud::connect().await;
+    let (_, devices) = cloud.provision("reporter", 2, ProtocolMix::Mixed).await;
+    let (own, other) = (devices[0].thing.clone(), devices[1].thing.clone());
+    let device = MqttDevice::connect(&devices[0], true).await;
+    let report = |thing: &ThingName, status| UpdateReport {
+        thing_name: thing.clone(),
+        timestamp: now(),
+        status,
+        model: None,
+        firmware: None,
+    };
+    for status in [UpdateStatus::Failed, UpdateStatus::Succeeded] {
+        device.publish(report(&other, status).encode()).await;
+    }
+    device.publish(report(&own, UpdateStatus::Failed).encode()).await;
+    cloud.await_recovery(&own, "one failure", |device| device.attempts == 1).await;
+    // What is no report of ours, what cannot be read.
+    for (payload, expected) in [
+        (json!({"_id_": own, "timestamp": "x", "status": "failed"}), "MalformedMessage"),
+        (json!({"_id_": own, "timestamp": 7, "status": "succeeded"}), "MalformedMessage"),
+    ] {
+        let (topic, payload) = (UPDATE_REPORTS_TOPIC.to_owned(), payload.to_string().into_bytes());
+        device.publish(protocol::Publication { topic, payload: payload.clone() }).await;
+        let text = base64::Engine::encode(&base64::prelude::BASE64_STANDARD, payload);
+        assert_eq!(cloud.dead_letter(&text).await, expected);
+    }
+    let nothing = fleet::recovery::Device::default();
+    assert_eq!(cloud.recovery(&other).await, nothing, "a device has spoken for another");
+    assert_eq!(cloud.recovered(&own, 1).await.len(), 1);
+}
+
+/// The handlers of this process, on the stack's table and registry.
+struct Functions {
+    registry: Registry,
+    failed_group: String,
+}
+
+impl Functions {
+    fn new(cloud: &Cloud, config: &SdkConfig) -> Self {
+        let table = RecoveryTable::new(config, cloud.output("RecoveryTableName").to_owned());
+        let registry = Registry { iot: aws_sdk_iot::Client::new(config), table };
+        Self { registry, failed_group: cloud.output("FailedThingGroupName").to_owned() }
+    }
+
+    async fn count(&self, thing: &ThingName, number: i64) -> Result<Decision, Error> {
+        let adapters = retry_counter::Adapters { table: self.registry.table.clone(), limits: LIMITS };
+        let operation_id = operation(thing, number);
+        let (thing_name, model, firmware) = (thing.clone(), None, None);
+        let failure =
+            Failure { thing_name, operation_id, timestamp: number, received_at: number, model, firmware };
+        retry_counter::handle(&adapters, failure).await.map(|output| output.decision)
+    }
+
+    async fn restore_attributes(&self, payload: Value) -> Result<String, Error> {
+        let input: Input = serde_json::from_value(payload).unwrap();
+        let (registry, failed_group) = (self.registry.clone(), self.failed_group.clone());
+        let output = restore_attributes::handle(&restore_attributes::Adapters { registry, failed_group }, input).await?;
+        Ok(serde_json::to_value(output).unwrap()["outcome"].as_str().unwrap().to_owned())
+    }
+
+    async fn act(&self, action: &str, thing: &ThingName, number: i64) -> Result<String, Error> {
+        let operation = operation(thing, number);
+        self.restore_attributes(json!({"action": action, "thingName": thing, "operationId": operation})).await
+    }
+
+    async fn succeed(&self, thing: &ThingName, received_at: i64) -> Result<(), Error> {
+        let payload = UpdateReport {
+            thing_name: thing.clone(),
+            timestamp: received_at,
+            status: UpdateStatus::Succeeded,
+            model: None,
+            firmware: None,
+        };
+        let payload = base64::Engine::encode(&base64::prelude::BASE64_STANDARD, payload.encode().payload);
+        let body = json!({
+            "topic": UPDATE_REPORTS_TOPIC, "payload": payload, "clientId": thing, "receivedAt": received_at,
+        });
+        record_success::handle(&self.registry, &body.to_string()).await
+    }
+}
+
+fn operation(thing: &ThingName, number: i64) -> protocol::OperationId {
+    format!("{thing}-{number}").parse().unwrap()
+}
+
+/// What one invocation does, in the order of a device's life.
+#[derive(Debug, Clone, Copy)]
+enum Effect {
+    Count(i64),
+    Park(i64),
+    Restore(i64),
+    Quarantine(i64),
+    Release,
+    Succeed(i64),
+}
+
+impl Effect {
+    async fn run(self, functions: &Functions, thing: &ThingName) -> Result<(), Error> {
+        match self {
+            Self::Count(number) => functions.count(thing, number).await.map(drop),
+            Self::Park(number) => functions.act("park", thing, number).await.map(drop),
+            Self::Restore(number) => functions.act("restore", thing, number).await.map(drop),
+            Self::Quarantine(number) => functions.act("quarantine", thing, number).await.map(drop),
+            Self::Release => {
+                functions.restore_attributes(json!({"action": "release", "thingName": thing})).await.map(drop)
+            }
+            Self::Succeed(at) => functions.succeed(thing, at).await,
+        }
+    }
+}
+
+/// A device's life up to an effect, which dies so and is tried again; then what is known of the device and its attributes.
+/// None if the effect has fewer calls.
+async fn after_crash(cloud: &Cloud, before: &[Effect], effect: Effect, crash: Crash) -> Option<String> {
+    let thing = cloud.thing("crash").await;
+    let functions = Functions::new(cloud, &cloud.config);
+    for effect in before {
+        effect.run(&functions, &thing).await.unwrap();
+    }
+    let (config, calls) = crashing(&cloud.config, crash);
+    let died = effect.run(&Functions::new(cloud, &config), &thing).await;
+    let (Crash::Before(call) | Crash::After(call)) = crash;
+    let finished = calls.load(Ordering::SeqCst) < call;
+    assert_eq!(died.is_ok(), finished, "{effect:?} {crash:?}: {died:?}");
+    assert!(died.is_ok_and(|()| finished) || calls.load(Ordering::SeqCst) == call, "it goes on after its death");
+    // As Step Functions and the queue do.
+    effect.run(&functions, &thing).await.unwrap();
+    let device = cloud.recovery(&thing).await;
+    let held = device.held.as_ref().map(|held| held.operation_id.as_str().replace(thing.as_str(), ""));
+    let (phase, attempts, cycles, ignored) = (device.phase, device.attempts, device.cycles, device.ignored);
+    let (attributes, failed) = (cloud.attributes(&thing).await, cloud.is_in_failed_group(&thing).await);
+    let state = format!("{phase:?} {attempts} {cycles} {ignored} {held:?} {attributes:?} {failed}");
+    (!finished).then_some(state)
+}
+
+#[tokio::test]
+#[ignore = "needs the local cloud: cargo xtask test"]
+async fn a_crash_between_any_two_effects_repairs_itself() {
+    use Effect::{Count, Park, Quarantine, Release, Restore, Succeed};
+    let cloud = Cloud::connect().await;
+    let failed: Vec<Effect> = (1..=10).map(Count).collect();
+    let parked = [failed.clone(), vec![Park(10)]].concat();
+    let restored = [parked.clone(), vec![Restore(10)]].concat();
+    let failed_again = [restored, (11..=20).map(Count).collect()].concat();
+    let quarantined = [failed_again.clone(), vec![Quarantine(20)]].concat();
+    let moved = r#"{"FW": "moveOut", "model": "moveOut", "site": "north"}"#;
+    let back = r#"{"FW": "2.27", "model": "wo:v8", "site": "north"}"#;
+    let given_up = r#"{"FW": "failedtoupdate", "model": "failedtoupdate", "site": "north"}"#;
+    let cases = [
+        (&failed[..9], Count(10), format!(r#"Parked 10 0 0 Some("-10") {back} false"#), 2),
+        (&failed, Park(10), format!(r#"Parked 10 0 0 Some("-10") {moved} false"#), 10),
+        (&parked, Restore(10), format!(r#"Active 0 1 0 Some("-10") {back} false"#), 7),
+        (&parked, Succeed(50), format!(r#"Active 0 0 0 Some("-10") {back} false"#), 7),
+        (&parked, Release, format!(r#"Active 0 0 0 Some("-10") {back} false"#), 8),
+        (&failed_again, Quarantine(20), format!(r#"Quarantined 10 1 0 Some("-20") {given_up} false"#), 10),
+        (&quarantined, Release, format!(r#"Active 0 0 0 Some("-20") {back} false"#), 8),
+    ];
+    for (before, effect, expected, at_least) in cases {
+        let mut calls = 0;
+        'calls: for call in 1.. {
+            for crash in [Crash::Before(call), Crash::After(call)] {
+                let Some(state) = after_crash(&cloud, before, effect, crash).await else { break 'calls };
+                assert_eq!(state, expected, "{effect:?} {crash:?}");
+            }
+            calls = call;
+        }
+        println!("{effect:?}: dies before and after each of {calls} calls");
+        assert!(calls >= at_least, "{effect:?} has {calls} calls only");
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs the local cloud: cargo xtask test"]
+async fn a_release_while_the_group_settles_leaves_the_device_free() {
+    let cloud = Cloud::connect().await;
+    let thing = cloud.thing("settle").await;
+    let begin = now();
+    cloud.fail(&thing, begin..begin + 10).await;
+    cloud.recovered(&thing, 10).await;
+    cloud.fail(&thing, begin + 100..begin + 110).await;
+    await_attributes(&cloud, &thing, &attributes("failedtoupdate", "failedtoupdate")).await;
+    let released = cloud.restore_attributes(&json!({"action": "release", "thingName": thing})).await.unwrap();
+    assert_eq!(released["outcome"], "RELEASED", "{released}");
+    let recovered = cloud.recovered(&thing, 20).await;
+    assert_eq!(recovered.iter().filter(|one| one.output["outcome"] == "NOT_QUARANTINED").count(), 1);
+    assert_eq!(cloud.attributes(&thing).await, original());
+    assert!(!cloud.is_in_failed_group(&thing).await);
+    assert_eq!(cloud.quarantines(std::slice::from_ref(&thing), 0).await, Vec::<Value>::new());
+}
+
+#[tokio::test]
+#[ignore = "needs the local cloud: cargo xtask test"]
+async fn a_thing_that_is_gone_ends_its_recovery() {
+    let cloud = Cloud::connect().await;
+    let thing = cloud.thing("gone").await;
+    cloud.iot.delete_thing().thing_name(thing.as_str()).send().await.unwrap();
+    let begin = now();
+    cloud.fail(&thing, begin..begin + 10).await;
+    let recovered = cloud.recovered(&thing, 10).await;
+    let failed: Vec<_> = recovered.iter().filter(|one| one.status == ExecutionStatus::Failed).collect();
+    assert_eq!(failed.len(), 1, "{recovered:?}");
+    assert_eq!(failed[0].error.0, ErrorName::DeviceNotFound.as_str());
+}
