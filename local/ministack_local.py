@@ -4,7 +4,9 @@ Usage: GATEWAY_PORT=4566 python ministack_local.py
 """
 
 import dynamic_thing_groups
+import job_retries
 import ministack.services.lambda_svc as lambda_svc
+import thing_versions
 from ministack.app import main
 
 _sqs_esm_concurrency = lambda_svc._sqs_esm_concurrency
@@ -20,6 +22,8 @@ def sqs_concurrency(mapping, *arguments, **keywords):
 
 lambda_svc._sqs_esm_concurrency = sqs_concurrency
 dynamic_thing_groups.install()
+job_retries.install()
+thing_versions.install()
 
 if __name__ == "__main__":
     main()

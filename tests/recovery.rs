@@ -4,8 +4,10 @@
 #![allow(clippy::unwrap_used)]
 
 use aws_config::SdkConfig;
+use aws_sdk_iot::types::JobExecutionStatus;
 use aws_sdk_sfn::types::ExecutionStatus;
 use device_simulator::provision::ProtocolMix;
+use device_simulator::{FailingUpdates, FleetOptions};
 use fleet::recovery::restore_attributes::{self, Input};
 use fleet::recovery::{Decision, Limits, Phase, RecoveryTable, Registry, record_success, retry_counter};
 use fleet::{Error, ErrorName};
@@ -81,7 +83,9 @@ async fn what_an_operator_changes_during_a_parking_stays() {
     let begin = now();
     cloud.fail(&thing, begin..begin + 10).await;
     await_attributes(&cloud, &thing, &attributes("moveOut", "moveOut")).await;
-    cloud.await_recovery(&thing, "parked", |device| device.held.as_ref().is_some_and(|held| held.is_marked())).await;
+    cloud
+        .await_recovery(&thing, "parked", |device| device.held.as_ref().is_some_and(fleet::recovery::Held::is_marked))
+        .await;
     cloud.set_attribute(&thing, "FW", "3.0").await;
     cloud.set_attribute(&thing, "site", "south").await;
     let recovered = cloud.recovered(&thing, 10).await;
@@ -182,8 +186,7 @@ async fn a_payload_of_an_operator_that_is_wrong_says_how() {
         assert_eq!(name, "InvalidInput", "{payload}");
         assert!(message.contains(expected), "{payload}: {message}");
     }
-    let (name, _) =
-        cloud.restore_attributes(&json!({"action": "release", "thingName": "nobody"})).await.unwrap_err();
+    let (name, _) = cloud.restore_attributes(&json!({"action": "release", "thingName": "nobody"})).await.unwrap_err();
     assert_eq!(name, "DeviceNotFound");
 }
 
@@ -238,15 +241,15 @@ impl Functions {
         let adapters = retry_counter::Adapters { table: self.registry.table.clone(), limits: LIMITS };
         let operation_id = operation(thing, number);
         let (thing_name, model, firmware) = (thing.clone(), None, None);
-        let failure =
-            Failure { thing_name, operation_id, timestamp: number, received_at: number, model, firmware };
+        let failure = Failure { thing_name, operation_id, timestamp: number, received_at: number, model, firmware };
         retry_counter::handle(&adapters, failure).await.map(|output| output.decision)
     }
 
     async fn restore_attributes(&self, payload: Value) -> Result<String, Error> {
         let input: Input = serde_json::from_value(payload).unwrap();
         let (registry, failed_group) = (self.registry.clone(), self.failed_group.clone());
-        let output = restore_attributes::handle(&restore_attributes::Adapters { registry, failed_group }, input).await?;
+        let output =
+            restore_attributes::handle(&restore_attributes::Adapters { registry, failed_group }, input).await?;
         Ok(serde_json::to_value(output).unwrap()["outcome"].as_str().unwrap().to_owned())
     }
 
@@ -359,6 +362,87 @@ async fn a_crash_between_any_two_effects_repairs_itself() {
         println!("{effect:?}: dies before and after each of {calls} calls");
         assert!(calls >= at_least, "{effect:?} has {calls} calls only");
     }
+}
+
+/// A thing's executions in a job, by number: their statuses.
+async fn job_executions(cloud: &Cloud, job: &str, thing: &ThingName) -> BTreeMap<i64, JobExecutionStatus> {
+    let list = cloud.iot.list_job_executions_for_thing().thing_name(thing.as_str()).job_id(job);
+    let executions = list.into_paginator().items().send().collect::<Result<Vec<_>, _>>().await.unwrap();
+    let summaries = executions.into_iter().filter_map(|one| one.job_execution_summary);
+    summaries.filter_map(|one| Some((one.execution_number?, one.status?))).collect()
+}
+
+/// Waits until the device is held in that phase, out of its dynamic group, and no execution of its job is open: all of
+/// them.
+async fn held_executions(
+    cloud: &Cloud,
+    job: &str,
+    thing: &ThingName,
+    phase: Phase,
+    group: &str,
+) -> BTreeMap<i64, JobExecutionStatus> {
+    tests::eventually(&format!("{thing} is {phase:?} and has no open job execution"), || async {
+        let is_held = cloud.recovery(thing).await.phase == phase;
+        let members = cloud.iot.list_things_in_thing_group().thing_group_name(group).send().await.unwrap();
+        let executions = job_executions(cloud, job, thing).await;
+        let is_open =
+            |status: &JobExecutionStatus| matches!(status, JobExecutionStatus::Queued | JobExecutionStatus::InProgress);
+        (is_held && members.things().is_empty() && !executions.values().any(is_open)).then_some(executions)
+    })
+    .await
+}
+
+fn count(executions: &BTreeMap<i64, JobExecutionStatus>, status: &JobExecutionStatus) -> usize {
+    executions.values().filter(|one| *one == status).count()
+}
+
+#[tokio::test]
+#[ignore = "needs the local cloud: cargo xtask test"]
+async fn a_continuous_job_reaches_a_device_again_after_its_parking_and_after_its_release() {
+    use JobExecutionStatus::{Failed, Succeeded};
+    let cloud = Cloud::connect().await;
+    let (_, devices) = cloud
+        .provision_with("stuck", 1, ProtocolMix::Mixed, |options| {
+            options.attributes = ORIGINAL.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
+        })
+        .await;
+    let thing = devices[0].thing.clone();
+    let group = format!("outdated-{thing}");
+    let query = format!(r#"thingName:{thing} AND attributes.model:"wo:v8" AND attributes.FW:2.27"#);
+    let create = cloud.iot.create_dynamic_thing_group().thing_group_name(&group).query_string(query);
+    let target = create.send().await.expect("a dynamic group").thing_group_arn.unwrap();
+    let image = cloud.upload("2.28.0", 1000).await;
+    // It fails in both cycles, all retries of the platform included, and succeeds when it has been released.
+    let failing = |options: &mut FleetOptions| options.failing_updates = Some(FailingUpdates::Always);
+    let fleet = Cloud::run_with(devices.clone(), 0, failing).await;
+    let job = cloud.create_job(&target, &image, json!({"targetSelection": "CONTINUOUS", "retries": 10})).await;
+
+    let before = held_executions(&cloud, &job, &thing, Phase::Parked, &group).await;
+    assert!((10..=11).contains(&count(&before, &Failed)), "{before:?}");
+    cloud.await_recovery(&thing, "restored", |device| device.cycles == 1).await;
+    let restored = tests::eventually("the restored device has a new execution", || async {
+        let executions = job_executions(&cloud, &job, &thing).await;
+        (executions.len() > before.len()).then_some(executions)
+    });
+    restored.await;
+    let after = held_executions(&cloud, &job, &thing, Phase::Quarantined, &group).await;
+    assert!((20..=22).contains(&count(&after, &Failed)), "{after:?}");
+    assert_eq!(cloud.quarantines(std::slice::from_ref(&thing), 1).await.len(), 1);
+    assert!(cloud.is_in_failed_group(&thing).await);
+    assert_eq!(job_executions(&cloud, &job, &thing).await, after, "a quarantined device gets nothing");
+    fleet.stop().await;
+
+    let mended = Cloud::run_with(devices, 0, |options| options.report_updates = true).await;
+    let released = cloud.restore_attributes(&json!({"action": "release", "thingName": thing})).await.unwrap();
+    assert_eq!(released["attributes"], json!({"FW": "2.27", "model": "wo:v8"}));
+    let last = tests::eventually("the released device is upgraded", || async {
+        let executions = job_executions(&cloud, &job, &thing).await;
+        (count(&executions, &Succeeded) == 1).then_some(executions)
+    });
+    assert_eq!(last.await.len(), after.len() + 1);
+    let is_cleared = |device: &fleet::recovery::Device| device.phase == Phase::Active && device.attempts == 0;
+    cloud.await_recovery(&thing, "cleared", is_cleared).await;
+    mended.stop().await;
 }
 
 #[tokio::test]

@@ -12,7 +12,9 @@ use device_simulator::faults::{self, FaultKind, FaultSpec};
 use device_simulator::progress::{Display, Verbosity, count};
 use device_simulator::provision::{self, DevicePolicy, ProtocolMix, ProvisionOptions, Selection};
 use device_simulator::settings_api::{ApiFaultKind, ApiFaultSpec, SettingsApi, SettingsApiOptions};
-use device_simulator::{DeviceSpec, EndedUpgrade, Endpoint, Fault, FaultTiming, Fleet, FleetOptions, Outcome};
+use device_simulator::{
+    DeviceSpec, EndedUpgrade, Endpoint, FailingUpdates, Fault, FaultTiming, Fleet, FleetOptions, Outcome,
+};
 use ed25519_dalek::VerifyingKey;
 use ed25519_dalek::pkcs8::DecodePublicKey;
 use humantime::Duration;
@@ -98,6 +100,9 @@ struct Provision {
     /// Give the things no attribute externalId
     #[arg(long)]
     no_external_id: bool,
+    /// A further attribute of the things, such as FW=2.27; can be repeated
+    #[arg(long, value_name = "NAME=VALUE", value_parser = provision::attribute)]
+    attribute: Vec<(String, String)>,
     /// Say nothing but warnings, errors and the result
     #[arg(long, short)]
     quiet: bool,
@@ -157,6 +162,13 @@ struct Run {
     #[arg(long, value_name = "BYTES", default_value_t = FaultTiming::default().slow_rate, env = "SIMULATOR_SLOW_RATE",
           value_parser = clap::value_parser!(u64).range(1..))]
     slow_rate: u64,
+    /// Let each device's first K updates fail in their transfer, or all of them; it says on iot/device/data how each
+    /// update has ended
+    #[arg(long, value_name = "K|always", env = "SIMULATOR_FAILING_UPDATES")]
+    failing_updates: Option<FailingUpdates>,
+    /// Let the devices say on iot/device/data how each update has ended
+    #[arg(long, env = "SIMULATOR_REPORT_UPDATES")]
+    report_updates: bool,
     /// How long the fault `delay` waits before each report, and longer than --answer-delay before each answer
     #[arg(long, value_name = "TIME", default_value = "5s", env = "SIMULATOR_DELAY")]
     delay: Duration,
@@ -299,6 +311,7 @@ impl Provision {
             protocols: self.protocol,
             firmware_version: self.firmware_version,
             external_id: (!self.no_external_id).then_some(self.external_id),
+            attributes: self.attribute.into_iter().collect(),
             certificates: self.certificates,
             policy,
             thing_group: self.thing_group,
@@ -432,6 +445,8 @@ impl Run {
             step_delay: *self.step_delay,
             first_boot_delay: *self.first_boot_delay,
             answer_delay: self.answer_delay.map_or(answer_delay, Into::into),
+            failing_updates: self.failing_updates,
+            report_updates: self.report_updates,
             public_key: self.public_key.as_deref().map(read_public_key).transpose()?,
             fault_timing: FaultTiming { slow_rate: self.slow_rate, delay: *self.delay, offline_for: *self.offline_for },
             ..defaults
@@ -557,15 +572,27 @@ mod tests {
         }
     }
 
+    fn run(extra: &[&str]) -> Box<Run> {
+        let args = ["device-simulator", "run", "--certificates", ".", "--endpoint", "localhost"];
+        match Cli::try_parse_from(args.iter().chain(extra)).unwrap().command {
+            Command::Run(run) => run,
+            _ => unreachable!(),
+        }
+    }
+
+    #[test]
+    fn updates_fail_a_number_of_times_or_always() {
+        let failing = |text: &str| run(&["--failing-updates", text]).failing_updates;
+        assert_eq!(failing("3"), Some(FailingUpdates::First(3)));
+        assert_eq!(failing("always"), Some(FailingUpdates::Always));
+        assert_eq!(
+            "never".parse::<FailingUpdates>(),
+            Err("\"never\": expected a number of updates, or always".to_owned())
+        );
+    }
+
     #[test]
     fn a_single_device_answers_settings_later_than_a_fleet_unless_told() {
-        let run = |extra: &[&str]| {
-            let args = ["device-simulator", "run", "--certificates", ".", "--endpoint", "localhost"];
-            match Cli::try_parse_from(args.iter().chain(extra)).unwrap().command {
-                Command::Run(run) => run,
-                _ => unreachable!(),
-            }
-        };
         let delay = |extra: &[&str], devices| run(extra).fleet_options(devices).unwrap().answer_delay;
         assert_eq!(delay(&[], 1), LONE_ANSWER_DELAY);
         assert_eq!(delay(&[], 2), std::time::Duration::from_secs(1));

@@ -2,17 +2,19 @@
 
 use crate::connection::{Connection, ConnectionSettings, Delivery};
 use crate::download::{self, Download, DownloadError, ImageFailure};
-use crate::fleet::{Context, EndedUpgrade, Outcome};
+use crate::fleet::{Context, EndedUpgrade, FailingUpdates, Outcome};
 use crate::now_milliseconds;
 use crate::settings::Answers;
 use crate::storage::{Operation, OperationPhase, Storage, StorageError};
 use crate::{CutPoint, Fault, Faults};
+use protocol::recovery::{UpdateReport, UpdateStatus};
 use protocol::settings::{self, SettingResponse};
 use protocol::{
     Command, DeviceFailure, DeviceProtocol, Firmware, OperationId, ProtocolName, Publication, ReplyTo, Response, Step,
     StepOutcome, ThingName,
 };
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::future::Future;
 use std::io;
 use std::ops::ControlFlow;
@@ -48,6 +50,9 @@ pub(crate) struct Identity {
     /// The certificate's id in the registry, when provisioning has made it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) certificate_id: Option<String>,
+    /// Further attributes of the thing.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub(crate) attributes: BTreeMap<String, String>,
 }
 
 impl Identity {
@@ -71,6 +76,8 @@ pub struct DeviceSpec {
     pub certificates: PathBuf,
     /// The version that it left the factory with.
     pub firmware_version: String,
+    /// The attributes that the thing was given, beside those of every device.
+    pub attributes: BTreeMap<String, String>,
     /// What goes wrong with it.
     pub faults: Faults,
 }
@@ -78,8 +85,9 @@ pub struct DeviceSpec {
 impl DeviceSpec {
     /// The device in a folder that `provision` has written.
     pub fn load(folder: &Path) -> Result<Self, UnreadableFolder> {
-        let Identity { thing, protocol, firmware_version, .. } = Identity::read(folder)?;
-        Ok(Self { thing, protocol, certificates: folder.to_owned(), firmware_version, faults: Faults::default() })
+        let Identity { thing, protocol, firmware_version, attributes, .. } = Identity::read(folder)?;
+        let (certificates, faults) = (folder.to_owned(), Faults::default());
+        Ok(Self { thing, protocol, certificates, firmware_version, attributes, faults })
     }
 
     /// All devices below a folder, by name.
@@ -460,6 +468,7 @@ impl Life<'_> {
             }
             OperationPhase::Failed { step, failure } => {
                 self.report(operation, *step, StepOutcome::Failed(failure.clone())).await;
+                self.report_update(operation, UpdateStatus::Failed).await;
                 self.end(operation, Outcome::Failed, Some(reason(*step, failure)))?;
             }
         }
@@ -475,7 +484,7 @@ impl Life<'_> {
             rate: self.has(Fault::Slow).then_some(context.options.fault_timing.slow_rate),
         };
         let mut pace = Pace::new();
-        let fetched = if self.has(Fault::Download) {
+        let fetched = if self.has(Fault::Download) || self.shall_fail() {
             Err(DownloadError::Image(ImageFailure::Status(404)))
         } else {
             download
@@ -529,6 +538,7 @@ impl Life<'_> {
             self.storage.roll_back(OperationPhase::Activated)?;
             let version = self.storage.state().version();
             self.report(operation, Step::DeviceRebooted, succeeded(Some(version.clone()))).await;
+            self.report_update(operation, UpdateStatus::Failed).await;
             let reason = format!("wrong-version: {version} was reported after the reboot");
             return self.end(operation, Outcome::Failed, Some(reason));
         }
@@ -538,6 +548,7 @@ impl Life<'_> {
         }
         let version = self.storage.state().version();
         self.report(operation, Step::DeviceRebooted, succeeded(Some(version))).await;
+        self.report_update(operation, UpdateStatus::Succeeded).await;
         self.end(operation, Outcome::Succeeded, None)
     }
 
@@ -557,7 +568,36 @@ impl Life<'_> {
     /// Sets the phase in which the failure is reported.
     fn fail(&self, step: Step, failure: &ImageFailure) -> Result<(), StorageError> {
         let failure = failure.report(self.device.spec.protocol);
-        self.storage.update(|state| state.set_phase(OperationPhase::Failed { step, failure }))
+        self.storage.update(|state| {
+            state.set_phase(OperationPhase::Failed { step, failure });
+            state.failed_updates += 1;
+        })
+    }
+
+    /// Whether this update is one of those that are to fail.
+    fn shall_fail(&self) -> bool {
+        match self.device.context.options.failing_updates {
+            None => false,
+            Some(FailingUpdates::Always) => true,
+            Some(FailingUpdates::First(count)) => self.storage.state().failed_updates < count,
+        }
+    }
+
+    /// Says on the topic of all devices how the update has ended; the same again after a power cut.
+    async fn report_update(&self, operation: &Operation, status: UpdateStatus) {
+        let options = &self.device.context.options;
+        if options.report_updates || options.failing_updates.is_some() {
+            let attribute = |name: &str| self.device.spec.attributes.get(name).cloned();
+            let report = UpdateReport {
+                thing_name: self.thing().clone(),
+                timestamp: operation.started_at,
+                status,
+                model: attribute("model"),
+                firmware: attribute("FW").or_else(|| Some(self.storage.state().version())),
+            };
+            tracing::info!("{} -> update {status:?} ({})", self.thing(), operation.id);
+            self.connection.publish(report.encode()).await;
+        }
     }
 
     fn end(&self, operation: &Operation, outcome: Outcome, reason: Option<String>) -> Result<(), StorageError> {

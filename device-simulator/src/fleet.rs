@@ -21,6 +21,26 @@ const HANDSHAKES: usize = 64;
 /// How many updates an observer may fall behind before it misses some.
 const UPDATES: usize = 4096;
 
+/// Which updates of a device fail, whatever they are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FailingUpdates {
+    /// So many first ones.
+    First(u32),
+    /// All of them.
+    Always,
+}
+
+impl std::str::FromStr for FailingUpdates {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "always" {
+            return Ok(Self::Always);
+        }
+        text.parse().map(Self::First).map_err(|_| format!("{text:?}: expected a number of updates, or always"))
+    }
+}
+
 /// What all devices of a fleet have in common.
 #[derive(Debug, Clone)]
 pub struct FleetOptions {
@@ -43,6 +63,10 @@ pub struct FleetOptions {
     pub public_key: Option<VerifyingKey>,
     /// How strong the faults are.
     pub fault_timing: FaultTiming,
+    /// Which updates fail in their transfer, and are reported; none: as the faults say.
+    pub failing_updates: Option<FailingUpdates>,
+    /// Whether devices say on `iot/device/data` how their updates have ended.
+    pub report_updates: bool,
 }
 
 impl FleetOptions {
@@ -58,6 +82,8 @@ impl FleetOptions {
             answer_delay: Duration::from_secs(1),
             public_key: None,
             fault_timing: FaultTiming::default(),
+            failing_updates: None,
+            report_updates: false,
         }
     }
 }

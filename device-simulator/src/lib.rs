@@ -18,7 +18,7 @@ mod storage;
 pub use connection::Endpoint;
 pub use device::{DeviceSpec, Phase, UnreadableFolder};
 pub use faults::{CutPoint, Fault, FaultTiming, Faults};
-pub use fleet::{DeviceUpdate, EndedUpgrade, Fleet, FleetOptions, Outcome, StartError};
+pub use fleet::{DeviceUpdate, EndedUpgrade, FailingUpdates, Fleet, FleetOptions, Outcome, StartError};
 
 /// Chooses the TLS implementation of this process. Every entry point calls it; only the first call counts.
 pub(crate) fn install_crypto_provider() {

@@ -5,10 +5,11 @@ use crate::with_causes;
 use aws_sdk_iot::Client;
 use aws_sdk_iot::error::{ProvideErrorMetadata, SdkError};
 use aws_sdk_iot::types::{AttributePayload, CertificateStatus, Tag, ThingGroupProperties};
+use protocol::recovery::UPDATE_REPORTS_TOPIC;
 use protocol::{ProtocolName, ThingName};
 use rcgen::{CertificateParams, DnType, KeyPair};
 use serde_json::json;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::OpenOptions;
 use std::future::Future;
 use std::io::Write;
@@ -28,6 +29,8 @@ const REMOVALS: u32 = 6;
 
 /// The attribute that links a thing to its user's settings.
 const EXTERNAL_ID: &str = "externalId";
+/// The attributes that every device has from here.
+const OWN_ATTRIBUTES: [&str; 3] = ["protocol", "firmwareVersion", EXTERNAL_ID];
 
 const ALREADY_EXISTS: &str = "ResourceAlreadyExistsException";
 const CERTIFICATE_STATE: &str = "CertificateStateException";
@@ -107,6 +110,8 @@ pub struct ProvisionOptions {
     /// What the attribute `externalId` of each becomes, by which a third party knows its user; `{thing}` stands for
     /// the thing's name. None: they get no such attribute.
     pub external_id: Option<String>,
+    /// Further attributes of each; [`attribute`] reads them.
+    pub attributes: BTreeMap<String, String>,
     /// The policy for their certificates.
     pub policy: DevicePolicy,
     /// The thing group that they join, made if it is missing.
@@ -131,6 +136,29 @@ impl DevicePolicy {
             Self::Existing(name) | Self::Own(name) => name,
         }
     }
+}
+
+/// Reads `NAME=VALUE`, an attribute that a thing may have
+/// (<https://docs.aws.amazon.com/iot/latest/apireference/API_AttributePayload.html>).
+pub fn attribute(text: &str) -> Result<(String, String), String> {
+    let allowed = |text: &str, more: &str| {
+        text.chars().all(|c| c.is_ascii_alphanumeric() || "_.,@/:#-".contains(c) || more.contains(c))
+    };
+    let (name, value) = text.split_once('=').ok_or_else(|| format!("{text:?}: expected NAME=VALUE"))?;
+    if OWN_ATTRIBUTES.contains(&name) {
+        return Err(format!("{name} is set by the simulator itself"));
+    }
+    if !(1..=128).contains(&name.len()) || !allowed(name, "") {
+        return Err(format!(
+            "{name:?} is no attribute's name: expected 1 to 128 characters of a-z A-Z 0-9 _ . , @ / : # -"
+        ));
+    }
+    if !(1..=800).contains(&value.len()) || !allowed(value, "=[]") {
+        return Err(format!(
+            "{value:?} is no attribute's value: expected 1 to 800 characters of a-z A-Z 0-9 _ . , @ / : # = [ ] -"
+        ));
+    }
+    Ok((name.to_owned(), value.to_owned()))
 }
 
 fn external_id(template: &str, thing: &ThingName) -> String {
@@ -215,6 +243,7 @@ impl Provisioning {
                 protocol: options.protocols.of(index),
                 firmware_version: options.firmware_version.clone(),
                 certificate_id: None,
+                attributes: options.attributes.clone(),
             },
         };
         let arn_prefix = self.create_thing(&identity).await?;
@@ -229,18 +258,20 @@ impl Provisioning {
 
     /// Returns what the ARNs of this account and Region begin with.
     async fn create_thing(&self, identity: &Identity) -> Result<String, ProvisionError> {
+        let mut further = identity.attributes.clone();
         let external_id = self.options.external_id.as_ref().map(|template| external_id(template, &identity.thing));
+        further.extend(external_id.map(|id| (EXTERNAL_ID.to_owned(), id)));
         let attributes = AttributePayload::builder()
             .attributes("protocol", identity.protocol.to_string())
             .attributes("firmwareVersion", &identity.firmware_version);
-        let attributes = external_id.iter().fold(attributes, |attributes, id| attributes.attributes(EXTERNAL_ID, id));
+        let attributes = further.iter().fold(attributes, |all, (name, value)| all.attributes(name, value));
         let name = identity.thing.as_str();
         let create = self.client.create_thing().thing_name(name).attribute_payload(attributes.build());
         let created = create.set_thing_type_name(self.options.thing_type.clone()).send().await;
         let arn = match created {
             Ok(created) => created.thing_arn,
             // It has been upgraded since, so its attributes are others.
-            Err(error) if has_code(&error, ALREADY_EXISTS) => self.keep_thing(name, external_id).await?,
+            Err(error) if has_code(&error, ALREADY_EXISTS) => self.keep_thing(name, further).await?,
             Err(error) => return Err(failed(format!("the thing {name} cannot be created"))(error)),
         };
         let arn = arn.unwrap_or_default();
@@ -249,15 +280,21 @@ impl Provisioning {
             .ok_or_else(|| ProvisionError::new(format!("the thing {name} has an unexpected ARN"), arn))
     }
 
-    /// Leaves an existing thing as it is, but for an external id that it lacks. Returns its ARN.
-    async fn keep_thing(&self, name: &str, external_id: Option<String>) -> Result<Option<String>, ProvisionError> {
+    /// Leaves an existing thing as it is, but for attributes that it lacks. Returns its ARN.
+    async fn keep_thing(
+        &self,
+        name: &str,
+        mut further: BTreeMap<String, String>,
+    ) -> Result<Option<String>, ProvisionError> {
         let existing = self.client.describe_thing().thing_name(name).send().await;
         let existing = existing.map_err(failed(format!("the thing {name} cannot be read")))?;
-        let has_one = existing.attributes.is_some_and(|attributes| attributes.contains_key(EXTERNAL_ID));
-        if let Some(id) = external_id.filter(|_| !has_one) {
-            let attributes = AttributePayload::builder().attributes(EXTERNAL_ID, id).merge(true).build();
-            let update = self.client.update_thing().thing_name(name).attribute_payload(attributes).send().await;
-            update.map_err(failed(format!("the thing {name} gets no attribute {EXTERNAL_ID}")))?;
+        let known = existing.attributes.unwrap_or_default();
+        further.retain(|name, _| !known.contains_key(name));
+        if !further.is_empty() {
+            let what = format!("the thing {name} does not get its attributes {further:?}");
+            let attributes = AttributePayload::builder().set_attributes(Some(further.into_iter().collect()));
+            let update = self.client.update_thing().thing_name(name).attribute_payload(attributes.merge(true).build());
+            update.send().await.map_err(failed(what))?;
         }
         Ok(existing.thing_arn)
     }
@@ -374,7 +411,7 @@ async fn create_group(client: &Client, group: &str) -> Result<(), ProvisionError
     }
 }
 
-/// What one device may do: connect as its own thing, receive its commands, answer them.
+/// What one device may do: connect as its own thing, receive its commands, answer them, report on its updates.
 fn policy_document(arn_prefix: &str) -> String {
     const THING: &str = "${iot:Connection.Thing.ThingName}";
     let arn = |kind: &str, name: &str| format!("{arn_prefix}:{kind}/{}", name.replace("{thing}", THING));
@@ -397,7 +434,13 @@ fn policy_document(arn_prefix: &str) -> String {
             },
             {"Effect": "Allow", "Action": "iot:Subscribe", "Resource": all("topicfilter", &requests)},
             {"Effect": "Allow", "Action": "iot:Receive", "Resource": all("topic", &requests)},
-            {"Effect": "Allow", "Action": "iot:Publish", "Resource": all("topic", &responses)}
+            {"Effect": "Allow", "Action": "iot:Publish", "Resource": all("topic", &responses)},
+            {
+                "Effect": "Allow",
+                "Action": "iot:Publish",
+                "Resource": arn("topic", UPDATE_REPORTS_TOPIC),
+                "Condition": {"Bool": {"iot:Connection.Thing.IsAttached": "true"}}
+            }
         ]
     })
     .to_string()
@@ -655,6 +698,15 @@ async fn remove_group(client: &Client, name: &str) -> Result<bool, ProvisionErro
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn further_attributes_are_checked_as_the_registry_would() {
+        assert_eq!(attribute("model=wo:v8"), Ok(("model".to_owned(), "wo:v8".to_owned())));
+        assert_eq!(attribute("a=b=c").unwrap().1, "b=c");
+        for bad in ["model", "=x", "FW=", "a b=c", "FW=2 27", "externalId=user-1", &format!("a={}", "x".repeat(801))] {
+            assert!(attribute(bad).is_err(), "{bad}");
+        }
+    }
     use protocol::{OperationId, ReplyTo, Response, Step, StepOutcome, settings};
 
     #[test]

@@ -97,6 +97,9 @@ pub(crate) struct State {
     /// What the device is set to; devices of older versions have none.
     #[serde(default)]
     pub(crate) settings: Settings,
+    /// How many updates have failed.
+    #[serde(default)]
+    pub(crate) failed_updates: u32,
 }
 
 impl State {
@@ -110,6 +113,7 @@ impl State {
             seen: VecDeque::new(),
             announced: false,
             settings: Settings::new(),
+            failed_updates: 0,
         }
     }
 

@@ -125,24 +125,26 @@ impl Cloud {
 
     /// Registers `count` devices of a new name, in a group of that name: the group's ARN and the devices.
     pub async fn provision(&self, name: &str, count: usize, protocols: ProtocolMix) -> (String, Vec<DeviceSpec>) {
-        self.provision_with(name, count, protocols, None).await
+        self.provision_with(name, count, protocols, |_| ()).await
     }
 
     /// The same with a settings profile each: `user-` and the thing's name.
     pub async fn provision_with_profiles(&self, name: &str, count: usize) -> Vec<DeviceSpec> {
-        self.provision_with(name, count, ProtocolMix::Mixed, Some("user-{thing}".into())).await.1
+        let change = |options: &mut ProvisionOptions| options.external_id = Some("user-{thing}".into());
+        self.provision_with(name, count, ProtocolMix::Mixed, change).await.1
     }
 
-    async fn provision_with(
+    /// The same with options of the test's own.
+    pub async fn provision_with(
         &self,
         name: &str,
         count: usize,
         protocols: ProtocolMix,
-        external_id: Option<String>,
+        change: impl FnOnce(&mut ProvisionOptions),
     ) -> (String, Vec<DeviceSpec>) {
         let group = format!("{name}-{}", &uuid::Uuid::new_v4().simple().to_string()[..8]);
         let certificates = Self::folder(&group);
-        let options = ProvisionOptions {
+        let mut options = ProvisionOptions {
             things: numbered(&group, count).expect("names"),
             protocols,
             firmware_version: "1.0.0".into(),
@@ -150,8 +152,10 @@ impl Cloud {
             policy: DevicePolicy::Existing(self.output("DevicePolicyName").to_owned()),
             thing_group: Some(group.clone()),
             thing_type: Some(self.output("ThingTypeName").to_owned()),
-            external_id,
+            external_id: None,
+            attributes: BTreeMap::new(),
         };
+        change(&mut options);
         provision(&self.iot, options, |_| ()).await.expect("the devices are registered");
         let described = self.iot.describe_thing_group().thing_group_name(&group).send().await.expect("the group");
         (described.thing_group_arn.expect("its ARN"), DeviceSpec::load_all(&certificates).expect("the devices"))

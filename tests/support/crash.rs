@@ -53,15 +53,15 @@ impl HttpClient for Crashing {
 impl HttpConnector for Connector {
     fn call(&self, request: HttpRequest) -> HttpConnectorFuture {
         let call = self.calls.fetch_add(1, Ordering::SeqCst) + 1;
-        let died = || ConnectorError::other("the process has died".into(), None);
+        let death = || ConnectorError::other("the process has died".into(), None);
         if self.crash == Crash::Before(call) {
-            return HttpConnectorFuture::ready(Err(died()));
+            return HttpConnectorFuture::ready(Err(death()));
         }
         let response = self.inner.call(request);
-        let dies = self.crash == Crash::After(call);
+        let is_last = self.crash == Crash::After(call);
         HttpConnectorFuture::new(async move {
             let response = response.await?;
-            if dies { Err(died()) } else { Ok(response) }
+            if is_last { Err(death()) } else { Ok(response) }
         })
     }
 }

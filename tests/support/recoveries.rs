@@ -42,13 +42,8 @@ impl Cloud {
     pub async fn report(&self, thing: &ThingName, status: UpdateStatus, timestamp: i64) {
         let text = |value: &str| Some(value.to_owned());
         let [(_, firmware), (_, model)] = ORIGINAL;
-        let report = UpdateReport {
-            thing_name: thing.clone(),
-            timestamp,
-            status,
-            model: text(model),
-            firmware: text(firmware),
-        };
+        let report =
+            UpdateReport { thing_name: thing.clone(), timestamp, status, model: text(model), firmware: text(firmware) };
         let message = report.encode();
         let publish = self.mqtt.publish().topic(message.topic).payload(Blob::new(message.payload)).qos(1);
         publish.send().await.expect("published");

@@ -27,7 +27,7 @@ pub struct UpdateReport {
     /// The device.
     #[serde(rename = "_id_")]
     pub thing_name: ThingName,
-    /// When the device says that the try ended, in Unix milliseconds: tells one report from another.
+    /// When the try was, as the device says, in Unix milliseconds: tells one try from another.
     #[serde(with = "digits")]
     pub timestamp: i64,
     /// How it ended.
@@ -50,8 +50,8 @@ impl UpdateReport {
     /// Reads the message in the cloud.
     pub fn decode(payload: &[u8]) -> Result<Self, DecodeError> {
         check_size(payload)?;
-        let report: Self = serde_json::from_slice(payload)
-            .map_err(|error| DecodeError::malformed(UPDATE_REPORTS_TOPIC, error))?;
+        let report: Self =
+            serde_json::from_slice(payload).map_err(|error| DecodeError::malformed(UPDATE_REPORTS_TOPIC, error))?;
         for (field, text) in [("model", &report.model), ("FW", &report.firmware)] {
             if text.as_ref().is_some_and(|text| text.chars().count() > MAX_TEXT_CHARACTERS) {
                 let error = format!("{field}: expected at most {MAX_TEXT_CHARACTERS} characters");
@@ -89,6 +89,7 @@ mod digits {
     /// The largest timestamp that is taken: the year 5138.
     const MAX: i64 = 99_999_999_999_999;
 
+    #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes it so")]
     pub(super) fn serialize<S: Serializer>(value: &i64, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_str(value)
     }

@@ -3,6 +3,7 @@
 mod config;
 mod faults;
 mod firmware;
+mod recovery;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -29,7 +30,7 @@ pub(crate) struct DemoOptions {
     /// What to show.
     #[arg(value_enum, default_value_t = Workflow::Firmware)]
     workflow: Workflow,
-    /// How many devices to simulate.
+    /// How many devices to simulate; `recovery` follows a single one.
     #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=1000))]
     devices: u32,
     /// Faults of the simulated devices, such as `boot=3,mute=2`; `device-simulator run --help` lists them.
@@ -53,6 +54,8 @@ enum Workflow {
     Firmware,
     /// Devices that come online get the settings of their users.
     Config,
+    /// A device that cannot update itself is parked, restored, quarantined and released.
+    Recovery,
 }
 
 /// The protocols of the simulated devices.
@@ -79,6 +82,7 @@ pub(crate) fn demo(project: &Project, options: &DemoOptions) -> Result<()> {
     match options.workflow {
         Workflow::Firmware => firmware::demo(project, options),
         Workflow::Config => config::demo(project, options),
+        Workflow::Recovery => recovery::demo(project, options),
     }
 }
 

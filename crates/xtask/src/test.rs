@@ -24,7 +24,7 @@ const TEST_PARAMETERS: &[(&str, &str)] = &[
     ("InstallTimeoutSeconds", STEP_TIMEOUT_SECONDS),
     ("RebootTimeoutSeconds", STEP_TIMEOUT_SECONDS),
     ("SettingTimeoutSeconds", "15"),
-    ("ParkingSeconds", "15"),
+    ("ParkingSeconds", "30"),
     ("SettlingSeconds", "3"),
 ];
 

@@ -4,9 +4,9 @@ use crate::error::{aws, code, unbuilt};
 use crate::{Error, ErrorName};
 use aws_sdk_iot::operation::describe_job_template::DescribeJobTemplateOutput;
 use aws_sdk_iot::types::{
-    AbortAction, AbortConfig, AbortCriteria, ExponentialRolloutRate, JobExecutionFailureType,
-    JobExecutionsRetryConfig, JobExecutionsRolloutConfig, RateIncreaseCriteria, RetryCriteria, RetryableFailureType,
-    TargetSelection, TimeoutConfig,
+    AbortAction, AbortConfig, AbortCriteria, ExponentialRolloutRate, JobExecutionFailureType, JobExecutionsRetryConfig,
+    JobExecutionsRolloutConfig, RateIncreaseCriteria, RetryCriteria, RetryableFailureType, TargetSelection,
+    TimeoutConfig,
 };
 use base64::{Engine, prelude::BASE64_STANDARD};
 use protocol::job::{Artifact, JobDocument};

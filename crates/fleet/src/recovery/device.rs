@@ -161,7 +161,7 @@ pub struct Counted {
 /// What a success comes to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]
-pub enum Cleared {
+pub enum Success {
     /// What was before is forgotten; a parked device is restored.
     Cleared,
     /// All that is known is newer: no effect.
@@ -244,7 +244,11 @@ impl Device {
                 since: failure.received_at,
                 decision,
                 // If the attributes of the last parking have not come back yet, they are still only here.
-                backup: self.held.take().and_then(|last| last.backup).map(|last| Registered { version: UNREAD, ..last }),
+                backup: self
+                    .held
+                    .take()
+                    .and_then(|last| last.backup)
+                    .map(|last| Registered { version: UNREAD, ..last }),
                 marked: false,
                 ended: None,
             });
@@ -253,18 +257,18 @@ impl Device {
     }
 
     /// Takes in a success that the broker got at that time. Failures that came after it still count.
-    pub fn succeed(&mut self, received_at: i64, now_seconds: i64) -> Cleared {
+    pub fn succeed(&mut self, received_at: i64, now_seconds: i64) -> Success {
         if received_at <= self.cleared_at || self.history.first().is_some_and(|first| first.received_at > received_at) {
-            return Cleared::Stale;
+            return Success::Stale;
         }
         if self.phase == Phase::Quarantined {
-            return Cleared::Quarantined;
+            return Success::Quarantined;
         }
         self.history.retain(|known| known.received_at > received_at);
         self.let_go(Release::Succeeded);
         self.attempts = u32::try_from(self.history.len()).unwrap_or(u32::MAX);
         self.forget(received_at, now_seconds);
-        Cleared::Cleared
+        Success::Cleared
     }
 
     /// Ends a parking because its time is over; false if it has ended otherwise, or is another one.
@@ -448,11 +452,11 @@ mod tests {
     #[test]
     fn a_success_clears_what_was_before_it() {
         let mut device = failed(1..=10);
-        assert_eq!(device.succeed(20, 0), Cleared::Cleared);
+        assert_eq!(device.succeed(20, 0), Success::Cleared);
         assert_eq!((device.phase, device.attempts, device.cycles, device.ignored), (Phase::Active, 0, 0, 0));
         assert_eq!(device.expires_at, Some(KEEP_SECONDS));
         let before = device.clone();
-        assert_eq!(device.succeed(20, 5), Cleared::Stale, "said twice");
+        assert_eq!(device.succeed(20, 5), Success::Stale, "said twice");
         assert_eq!(device.fail(&failure(15), LIMITS).decision, Decision::Ignored, "late");
         assert_eq!(device, before);
         assert!(!device.restore(&failure(10).operation_id), "the parking has ended otherwise");
@@ -463,10 +467,10 @@ mod tests {
     #[test]
     fn a_success_between_failures_leaves_the_later_ones() {
         let mut device = failed(1..=10);
-        assert_eq!(device.succeed(8, 0), Cleared::Cleared);
+        assert_eq!(device.succeed(8, 0), Success::Cleared);
         assert_eq!((device.phase, device.attempts, device.expires_at), (Phase::Active, 2, None));
         let mut device = failed(5..=7);
-        assert_eq!(device.succeed(4, 0), Cleared::Stale);
+        assert_eq!(device.succeed(4, 0), Success::Stale);
         assert_eq!(device.attempts, 3);
     }
 
@@ -476,7 +480,7 @@ mod tests {
         assert!(device.restore(&failure(10).operation_id));
         (11..=20).for_each(|at| _ = device.fail(&failure(at), LIMITS));
         assert_eq!(device.phase, Phase::Quarantined);
-        assert_eq!(device.succeed(30, 0), Cleared::Quarantined);
+        assert_eq!(device.succeed(30, 0), Success::Quarantined);
         assert!(!device.restore(&failure(20).operation_id));
         assert!(device.release(40_000));
         assert_eq!((device.phase, device.attempts, device.cycles), (Phase::Active, 0, 0));

@@ -47,7 +47,10 @@ impl Registry {
                 (step, Some(held)) => self.go(thing, &held.operation_id, step).await?,
             }
         }
-        Err(Error::new(ErrorName::Throttled, format!("the attributes of {thing} were changed again and again meanwhile")))
+        Err(Error::new(
+            ErrorName::Throttled,
+            format!("the attributes of {thing} were changed again and again meanwhile"),
+        ))
     }
 
     async fn go(&self, thing: &ThingName, operation: &OperationId, step: Step) -> Result<(), Error> {

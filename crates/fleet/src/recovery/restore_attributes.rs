@@ -111,9 +111,11 @@ pub async fn handle(adapters: &Adapters, input: Input) -> Result<Output, Error> 
     match (action, thing_name, thing_names, operation_id) {
         (Action::Release, Some(thing), None, None) => adapters.release(&thing).await.map(Output::One),
         (Action::Release, None, Some(things), None) => adapters.release_all(things).await,
-        (Action::Release, _, _, _) => {
-            Err(Error::invalid("thingName", "another payload", "thingName or thingNames, and nothing else, for release"))
-        }
+        (Action::Release, _, _, _) => Err(Error::invalid(
+            "thingName",
+            "another payload",
+            "thingName or thingNames, and nothing else, for release",
+        )),
         (action, Some(thing), None, Some(operation)) => {
             let done = match action {
                 Action::Quarantine => adapters.quarantine(&thing, &operation).await,
@@ -122,7 +124,11 @@ pub async fn handle(adapters: &Adapters, input: Input) -> Result<Output, Error> 
             };
             done.map(Output::One)
         }
-        _ => Err(Error::invalid("thingName", "another payload", "thingName and operationId for park, restore, quarantine")),
+        _ => Err(Error::invalid(
+            "thingName",
+            "another payload",
+            "thingName and operationId for park, restore, quarantine",
+        )),
     }
 }
 

@@ -35,11 +35,7 @@ impl RecoveryTable {
 
     /// Applies a rule to the item: one conditional write, which no other change can come between. Nothing is written if
     /// the rule changes nothing. Fails with [`ErrorName::Throttled`] if others are always quicker.
-    pub async fn change<T>(
-        &self,
-        thing: &ThingName,
-        rule: impl Fn(&mut Device) -> T,
-    ) -> Result<(Device, T), Error> {
+    pub async fn change<T>(&self, thing: &ThingName, rule: impl Fn(&mut Device) -> T) -> Result<(Device, T), Error> {
         for attempt in 1..=TRIES {
             let known = self.get(thing).await?;
             let mut device = known.clone();
@@ -56,7 +52,8 @@ impl RecoveryTable {
     async fn replace(&self, thing: &ThingName, known: &Device, device: &mut Device) -> Result<bool, Error> {
         device.revision = known.revision + 1;
         let item = serde_dynamo::to_item(&*device).map_err(unbuilt)?;
-        let put = self.client.put_item().table_name(&self.name).set_item(Some(item)).item("thing", text(thing.as_str()));
+        let put =
+            self.client.put_item().table_name(&self.name).set_item(Some(item)).item("thing", text(thing.as_str()));
         let put = match known.revision {
             0 => put.condition_expression("attribute_not_exists(thing)"),
             revision => put

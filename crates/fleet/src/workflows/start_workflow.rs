@@ -105,7 +105,9 @@ fn thing_of_topic(topic: &str) -> Result<ThingName, Error> {
         .strip_prefix("$aws/things/")
         .and_then(|rest| rest.strip_suffix("/jobs/notify-next"))
         .and_then(|thing| thing.parse().ok())
-        .ok_or_else(|| Error::invalid("topic", topic, "$aws/things/{thing}/jobs/notify-next, presence, or iot/device/data"))
+        .ok_or_else(|| {
+            Error::invalid("topic", topic, "$aws/things/{thing}/jobs/notify-next, presence, or iot/device/data")
+        })
 }
 
 /// The same parts always make the same name, other parts another one: Step Functions then refuses a second start.

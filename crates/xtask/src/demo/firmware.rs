@@ -92,7 +92,12 @@ pub(super) fn demo(project: &Project, options: &DemoOptions) -> Result<()> {
     let artifact = demo.upload()?;
     let fleet = demo.start_upgrades()?;
     demo.await_connections(&fleet)?;
-    let job = demo.create_job(&artifact)?;
+    let job = demo.create_job(&json!({
+        "firmwareVersion": VERSION,
+        "upgradeTrigger": "manual",
+        "targetArn": demo.outputs.get("ThingGroupArn")?,
+        "artifact": artifact,
+    }))?;
     let executions = demo.follow(&job, &fleet)?;
     // It ends by itself when each of its devices has an outcome; one that never answers has none.
     fleet.interrupt(GRACE);
@@ -109,7 +114,7 @@ impl Demo<'_> {
     }
 
     /// Puts a firmware image of random bytes into the stack's bucket and returns the payload's `artifact`.
-    fn upload(&self) -> Result<Value> {
+    pub(super) fn upload(&self) -> Result<Value> {
         let mut image = vec![0; IMAGE_SIZE];
         File::open("/dev/urandom").and_then(|mut source| source.read_exact(&mut image)).context("no random bytes")?;
         let file = self.cloud.run.file("firmware-2.0.0.bin");
@@ -155,15 +160,9 @@ impl Demo<'_> {
     }
 
     /// Invokes create-job as the README does and returns the job's id.
-    fn create_job(&self, artifact: &Value) -> Result<String> {
-        let payload = json!({
-            "firmwareVersion": VERSION,
-            "upgradeTrigger": "manual",
-            "targetArn": self.outputs.get("ThingGroupArn")?,
-            "artifact": artifact,
-        });
+    pub(super) fn create_job(&self, payload: &Value) -> Result<String> {
         let file = self.cloud.run.file("create-job.json");
-        fs::write(&file, serde_json::to_string_pretty(&payload)?)?;
+        fs::write(&file, serde_json::to_string_pretty(payload)?)?;
         let mut command = self.cloud.tool(self.project, "sam");
         command.args(["remote", "invoke", "CreateJobFunction", "--stack-name", STACK, "--event-file"]).arg(file);
         let answer = self.run("create-job", &mut command)?;
