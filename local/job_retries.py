@@ -9,6 +9,7 @@ out is not announced here until the thing's jobs change next: the emulator notic
 import ministack.services.iot as iot
 
 _jobs_maybe_complete = iot._jobs_maybe_complete
+_jobs_notify_thing = iot.jobs_notify_thing
 
 
 def has_retry(job, execution):
@@ -34,6 +35,16 @@ def maybe_complete(job_id):
     _jobs_maybe_complete(job_id)
 
 
+async def notify_thing(account_id, region, thing_name, previous_job_id):
+    """A retry is another execution, though the job that is next is the same as before."""
+    with iot.request_scope(account_id, region):
+        front = iot.jobs_start_next_execution(thing_name, peek=True)
+    if front is not None and front.get("retryAttempt") and front["status"] == "QUEUED":
+        previous_job_id = None
+    await _jobs_notify_thing(account_id, region, thing_name, previous_job_id)
+
+
 def install():
     """Makes the emulator try again."""
     iot._jobs_maybe_complete = maybe_complete
+    iot.jobs_notify_thing = notify_thing

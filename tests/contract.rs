@@ -1,7 +1,10 @@
 //! Files against each other: names that must agree are compared, rules of the architecture are checked.
 
 use fleet::ErrorName;
+use fleet::recovery::Decision;
+use fleet::recovery::restore_attributes::{Action, Outcome};
 use protocol::events::EventType;
+use protocol::recovery::UpdateStatus;
 use protocol::{Step, protocol_of_topic};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
@@ -102,7 +105,7 @@ fn a_function_is_named_after_its_binary_and_its_binary_after_its_module() {
 
 #[test]
 fn contexts_meet_only_in_messages() {
-    let contexts = ["jobs", "workflows", "devices"];
+    let contexts = ["jobs", "workflows", "devices", "recovery"];
     for context in contexts {
         for entry in std::fs::read_dir(root().join("crates/fleet/src").join(context)).expect("a context") {
             let path = entry.expect("a file").path();
@@ -211,6 +214,43 @@ fn state_machines_use_no_names_but_those_of_rust_and_aws() {
 }
 
 #[test]
+fn the_recovery_asks_for_actions_and_decisions_that_there_are() {
+    let file: Value = serde_json::from_str(&read("statemachine/failed-update-recovery.asl.json")).expect("JSON");
+    let mut actions = Vec::new();
+    all(&file, "action", &mut actions);
+    assert_eq!(actions.len(), 4, "park, restore, and quarantine twice");
+    for action in actions {
+        assert!(serde_json::from_value::<Action>(action.clone()).is_ok(), "{action}");
+    }
+    for (state, variable, names) in [
+        ("ChooseAction", "decision", vec![json(Decision::Park), json(Decision::Quarantine)]),
+        ("IsQuarantined", "outcome", vec![json(Outcome::Quarantined)]),
+    ] {
+        let choices = file["States"][state]["Choices"].as_array().expect("choices");
+        let conditions: Vec<&str> = choices.iter().filter_map(|choice| choice["Condition"].as_str()).collect();
+        let expected: Vec<String> = names.iter().map(|name| format!("{{% ${variable} = '{name}' %}}")).collect();
+        assert_eq!(conditions, expected, "{state}");
+    }
+}
+
+fn json(name: impl serde::Serialize) -> String {
+    serde_json::to_value(name).expect("JSON").as_str().expect("a name").to_owned()
+}
+
+/// All devices publish their reports on one topic: they must be things at least, and the cloud believes them only about
+/// themselves.
+#[test]
+fn only_things_report_on_updates() {
+    let policy = &resources("AWS::IoT::Policy")["DevicePolicy"]["Properties"]["PolicyDocument"];
+    let statements = policy["Statement"].as_array().expect("statements");
+    let names = |statement: &&Value| statement.to_string().contains("topic/iot/device/data");
+    let ours: Vec<&Value> = statements.iter().filter(names).collect();
+    assert_eq!(ours.len(), 1);
+    assert_eq!(ours[0]["Action"], "iot:Publish");
+    assert_eq!(ours[0]["Condition"]["Bool"]["iot:Connection.Thing.IsAttached"], "true");
+}
+
+#[test]
 fn every_placeholder_of_a_state_machine_is_filled() {
     for machine in resources("AWS::Serverless::StateMachine").values() {
         let text = read(machine["Properties"]["DefinitionUri"].as_str().expect("DefinitionUri"));
@@ -238,20 +278,31 @@ fn rules_listen_where_devices_speak() {
             assert_eq!(thing.as_str(), "gateway-1", "{name}");
             heard.insert("settings".to_owned());
         }
+        if filter == protocol::recovery::UPDATE_REPORTS_TOPIC {
+            let status = sql.split('\'').nth(5).expect("a status");
+            let status: UpdateStatus = serde_json::from_value(status.into()).expect("a status of ours");
+            heard.insert(format!("{status:?}"));
+        }
         if let Ok((protocol, thing)) = protocol_of_topic(&filter.replacen('+', "gateway-1", 1).replace('+', "response"))
         {
             assert_eq!(thing.as_str(), "gateway-1", "{name}");
             heard.insert(protocol.to_string());
         }
     }
-    assert_eq!(heard, BTreeSet::from(["json", "settings", "usp"].map(str::to_owned)));
+    assert_eq!(heard, BTreeSet::from(["Failed", "Succeeded", "json", "settings", "usp"].map(str::to_owned)));
 }
 
 #[test]
 fn every_message_from_outside_goes_through_a_queue_with_a_dead_letter_queue() {
     for (name, queue) in resources("AWS::SQS::Queue") {
         assert_eq!(queue["Properties"]["SqsManagedSseEnabled"], true, "{name} is encrypted");
-        if name != "DeadLetterQueue" {
+        // People read the one of quarantines.
+        if name == "QuarantineQueue" {
+            let alarm = &resources("AWS::CloudWatch::Alarm")["QuarantineAlarm"]["Properties"];
+            assert_eq!(alarm["Dimensions"][0]["Value"], "QuarantineQueue.QueueName");
+            let subscription = &resources("AWS::SNS::Subscription")["QuarantineSubscription"]["Properties"];
+            assert_eq!(subscription["Endpoint"], "QuarantineQueue.Arn");
+        } else if name != "DeadLetterQueue" {
             let target = &queue["Properties"]["RedrivePolicy"]["deadLetterTargetArn"];
             assert_eq!(target, "DeadLetterQueue.Arn", "{name}");
             let mapping = &resources("AWS::Lambda::EventSourceMapping")[&format!("{name}Mapping")]["Properties"];
@@ -261,7 +312,8 @@ fn every_message_from_outside_goes_through_a_queue_with_a_dead_letter_queue() {
     }
     for (name, rule) in resources("AWS::IoT::TopicRule") {
         let actions = rule["Properties"]["TopicRulePayload"]["Actions"].as_array().expect("actions").clone();
-        assert!(actions.iter().all(|action| action.get("Sqs").is_some()), "{name}");
+        let kind = if name == "FailedUpdatesLogRule" { "CloudwatchLogs" } else { "Sqs" };
+        assert!(actions.iter().all(|action| action.get(kind).is_some()), "{name}");
     }
 }
 
@@ -285,8 +337,8 @@ fn roles_allow_named_actions_on_named_resources() {
     }
     let everything = read("template.yaml").lines().filter(|line| line.trim() == "Resource: \"*\"").count();
     assert_eq!(
-        everything, 3,
-        "only log delivery (of two state machines) and the account's IoT settings know no resources"
+        everything, 4,
+        "only log delivery (of three state machines) and the account's IoT settings know no resources"
     );
 }
 
@@ -329,10 +381,10 @@ fn allowed(function: &str) -> BTreeSet<String> {
     found
 }
 
-/// Beside each function of the configuration push stands what its code calls.
+/// Beside each function of the configuration push and the recovery stands what its code calls.
 #[test]
 fn a_role_allows_what_its_function_calls_and_nothing_else() {
-    let cases: [(&str, &[&str]); 5] = [
+    let cases: [(&str, &[&str]); 8] = [
         (
             "GetDeviceSettingsFunction",
             &["dynamodb:UpdateItem on SettingsTable.Arn", "secretsmanager:GetSecretValue on SettingsApiKeySecretArn"],
@@ -340,11 +392,36 @@ fn a_role_allows_what_its_function_calls_and_nothing_else() {
         (
             "StartWorkflowFunction",
             &[
+                "SQSPollerPolicy on FailedUpdatesQueue.QueueName",
                 "SQSPollerPolicy on JobNotificationsQueue.QueueName",
                 "SQSPollerPolicy on SessionsQueue.QueueName",
                 "SQSSendMessagePolicy on DeadLetterQueue.QueueName",
                 "states:StartExecution on ConfigPush",
+                "states:StartExecution on FailedUpdateRecovery",
                 "states:StartExecution on FirmwareUpgrade",
+            ],
+        ),
+        ("RetryCounterFunction", &["dynamodb:GetItem on RecoveryTable.Arn", "dynamodb:PutItem on RecoveryTable.Arn"]),
+        (
+            "RestoreAttributesFunction",
+            &[
+                "dynamodb:GetItem on RecoveryTable.Arn",
+                "dynamodb:PutItem on RecoveryTable.Arn",
+                "iot:DescribeThing on iot:thing/*",
+                "iot:RemoveThingFromThingGroup on FailedGroup.Arn",
+                "iot:RemoveThingFromThingGroup on iot:thing/*",
+                "iot:UpdateThing on iot:thing/*",
+            ],
+        ),
+        (
+            "RecordSuccessFunction",
+            &[
+                "SQSPollerPolicy on SucceededUpdatesQueue.QueueName",
+                "SQSSendMessagePolicy on DeadLetterQueue.QueueName",
+                "dynamodb:GetItem on RecoveryTable.Arn",
+                "dynamodb:PutItem on RecoveryTable.Arn",
+                "iot:DescribeThing on iot:thing/*",
+                "iot:UpdateThing on iot:thing/*",
             ],
         ),
         (

@@ -268,3 +268,70 @@ async fn every_way_through_a_firmware_upgrade() {
     }
     go_all("FirmwareUpgradeArn", input, good, paths, "outcome").await;
 }
+
+#[tokio::test]
+#[ignore = "needs the local cloud: cargo xtask test"]
+async fn every_way_through_the_recovery_of_a_failed_update() {
+    const PARK: [&str; 5] = ["CountFailure", "ChooseAction", "ParkDevice", "WaitBeforeRestore", "RestoreDevice"];
+    const QUARANTINE: [&str; 8] = [
+        "CountFailure",
+        "ChooseAction",
+        "QuarantineDevice",
+        "AwaitGroupUpdate",
+        "AddToFailedGroup",
+        "ConfirmQuarantine",
+        "IsQuarantined",
+        "NotifyOperators",
+    ];
+    let input = json!({"thingName": "t", "operationId": "o", "timestamp": 1, "receivedAt": 2});
+    let payload = |payload: Value| result(&json!({"StatusCode": 200, "Payload": payload}));
+    let decision = |decision: &str| payload(json!({"decision": decision, "attempt": 10, "cycle": 1}));
+    let outcome = |outcome: &str| payload(json!({"thingName": "t", "outcome": outcome}));
+    let parking = json!({
+        "CountFailure": [decision("PARK")], "ParkDevice": [outcome("PARKED")], "RestoreDevice": [outcome("RESTORED")],
+    });
+    let quarantine = json!({
+        "CountFailure": [decision("QUARANTINE")], "QuarantineDevice": [outcome("QUARANTINED")],
+        "AddToFailedGroup": [result(&json!({}))], "ConfirmQuarantine": [outcome("QUARANTINED")],
+        "NotifyOperators": [result(&json!({"MessageId": "m"}))],
+    });
+    let counted = || vec!["CountFailure", "ChooseAction", "FailureCounted"];
+    let mut parkings = vec![
+        one("CountFailure", vec![decision("RETRY")], counted(), Ok("RETRY")),
+        one("CountFailure", vec![decision("IGNORED")], counted(), Ok("IGNORED")),
+        one("RestoreDevice", vec![outcome("NOT_PARKED")], PARK.to_vec(), Ok("NOT_PARKED")),
+    ];
+    let released = [&QUARANTINE[..7], &["ReleasedMeanwhile"]].concat();
+    let mut quarantines =
+        vec![one("ConfirmQuarantine", vec![outcome("NOT_QUARANTINED")], released, Ok("NOT_QUARANTINED"))];
+    let ways = [(&parking, &PARK[..], &mut parkings), (&quarantine, &QUARANTINE[..], &mut quarantines)];
+    for (good, way, paths) in ways {
+        let last = if way.len() == PARK.len() { "RESTORED" } else { "QUARANTINED" };
+        for (index, state) in way.iter().enumerate().filter(|(_, state)| !good[**state].is_null()) {
+            let failed = [&way[..=index], &["RecoveryFailed"]].concat();
+            let (again, names) = match *state {
+                "AddToFailedGroup" => (vec![error("Iot.ThrottlingException", "slow"), timeout()], vec![]),
+                "NotifyOperators" => (vec![error("SNS.ThrottledException", "slow"), timeout()], vec![]),
+                _ => (vec![busy(), timeout(), function_error("Throttled")], vec!["InvalidInput", "ServiceError"]),
+            };
+            let again = again.into_iter().chain([good[*state][0].clone()]).collect();
+            paths.push(one(state, again, way.to_vec(), Ok(last)));
+            for name in names {
+                let end = Err((name, "what the function said"));
+                paths.push(one(state, vec![function_error(name)], failed.clone(), end));
+            }
+            // The report to the operators is repeated whatever the error is.
+            if *state != "NotifyOperators" {
+                let refused = error("Iot.UnauthorizedException", "no");
+                paths.push(one(state, vec![refused], failed, Err(("ServiceError", "Unauthorized"))));
+            }
+        }
+    }
+    let gone = Err(("DeviceNotFound", "what the function said"));
+    let failed = [&PARK[..3], &["RecoveryFailed"]].concat();
+    parkings.push(one("ParkDevice", vec![function_error("DeviceNotFound")], failed, gone));
+    let machine = "FailedUpdateRecoveryArn";
+    let parkings = go_all(machine, input.clone(), parking, parkings, "outcome");
+    let quarantines = go_all(machine, input, quarantine, quarantines, "outcome");
+    futures_util::future::join(parkings, quarantines).await;
+}
