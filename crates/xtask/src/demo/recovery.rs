@@ -1,6 +1,5 @@
 //! The recovery of failed updates: a device fails, is parked and restored, fails again, is quarantined, and is released.
 
-use std::fs;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -8,7 +7,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::{Demo, DemoOptions, POLL_INTERVAL};
-use crate::cloud::{Cloud, FixedPorts};
+use crate::cloud::{Cloud, FixedPorts, STACK};
 use crate::deploy;
 use crate::process::{GRACE, Process};
 use crate::project::Project;
@@ -200,7 +199,8 @@ impl Demo<'_> {
     /// Reads what operators are told, as they do, and takes it out of their queue.
     fn read_notification(&self) -> Result<()> {
         let url = self.outputs.get("RecoveryNotificationsQueueUrl")?;
-        let receive = ["sqs", "receive-message", "--queue-url", url];
+        // Version 1 of the AWS CLI, the one that pip installs, does not look at AWS_ENDPOINT_URL for queues.
+        let receive = ["sqs", "receive-message", "--queue-url", url, "--endpoint-url", &self.cloud.endpoint];
         eprintln!("$ aws {}", receive.join(" "));
         let message = self.project.processes.wait_for(
             "the message to the operators",
@@ -222,6 +222,7 @@ impl Demo<'_> {
         let receipt = message["ReceiptHandle"].as_str().context("a message without a receipt handle")?;
         let mut command = self.cloud.tool(self.project, "aws");
         command.args(["sqs", "delete-message", "--queue-url", url, "--receipt-handle", receipt]);
+        command.args(["--endpoint-url", &self.cloud.endpoint]);
         self.project.processes.output(
             "`aws sqs delete-message`",
             &mut command,
@@ -233,13 +234,10 @@ impl Demo<'_> {
     /// Releases the device as the README does.
     fn release(&self) -> Result<()> {
         let payload = json!({"action": "release", "thingName": THING}).to_string();
-        let file = self.cloud.run.file("release.json");
-        let mut command = self.cloud.tool(self.project, "aws");
-        command.args(["lambda", "invoke", "--function-name", self.outputs.get("RestoreAttributesFunctionName")?]);
-        command.args(["--cli-binary-format", "raw-in-base64-out", "--payload", &payload]).arg(&file);
-        self.run("release", &mut command)?;
-        let answer = fs::read_to_string(&file)?;
-        eprintln!("  {answer}");
+        let mut command = self.cloud.tool(self.project, "sam");
+        command.args(["remote", "invoke", "RestoreAttributesFunction", "--stack-name", STACK, "--event", &payload]);
+        let answer = self.run("release", &mut command)?;
+        eprintln!("  {}", answer.trim());
         ensure!(answer.contains("\"RELEASED\""), "the device was not released: {answer}");
         Ok(())
     }
