@@ -78,9 +78,9 @@ pub(super) fn demo(project: &Project, options: &DemoOptions) -> Result<()> {
     let outputs = deploy::deploy(project, &cloud, &deploy::parameters(PARAMETERS))?;
     let demo = Demo { project, cloud: &cloud, outputs, simulator, options };
     let chapters = demo.tell()?;
-    println!("\n{:<20}  {:<36}  FW, model", THING, "job executions");
+    println!("\n{:<20}  {:<44}  FW, model", THING, "job executions");
     for Chapter { name, executions, attributes } in chapters {
-        println!("{name:<20}  {executions:<36}  {attributes}");
+        println!("{name:<20}  {executions:<44}  {attributes}");
     }
     println!("\n{THING} was parked, restored, quarantined and released");
     demo.keep()
