@@ -113,7 +113,8 @@ async fn a_success_ends_the_parking_and_restoring_does_nothing_then() {
     // While the timer of the parking still runs, the device may get other attributes.
     cloud.set_attribute(&thing, "FW", "2.28").await;
     let recovered = cloud.recovered(&thing, 10).await;
-    assert_eq!(recovered.iter().filter(|one| one.output["outcome"] == "NOT_PARKED").count(), 1);
+    let timed: Vec<_> = recovered.iter().filter(|one| one.output["outcome"] == "NOT_PARKED").collect();
+    assert_eq!((timed.len(), &timed[0].output["changedByOperator"]), (1, &json!({})));
     assert_eq!(cloud.attributes(&thing).await, attributes("2.28", "wo:v8"));
     // A new history.
     cloud.fail(&thing, [begin + 20]).await;
@@ -443,6 +444,29 @@ async fn a_continuous_job_reaches_a_device_again_after_its_parking_and_after_its
     let is_cleared = |device: &fleet::recovery::Device| device.phase == Phase::Active && device.attempts == 0;
     cloud.await_recovery(&thing, "cleared", is_cleared).await;
     mended.stop().await;
+}
+
+#[tokio::test]
+#[ignore = "needs the local cloud: cargo xtask test"]
+async fn a_device_that_fails_twice_and_then_succeeds_keeps_no_history() {
+    use JobExecutionStatus::{Failed, Succeeded};
+    let cloud = Cloud::connect().await;
+    let (group, devices) = cloud.provision("twice", 1, ProtocolMix::Mixed).await;
+    let thing = devices[0].thing.clone();
+    let image = cloud.upload("2.28.0", 1000).await;
+    let failing = |options: &mut FleetOptions| options.failing_updates = Some(FailingUpdates::First(2));
+    let fleet = Cloud::run_with(devices, 3, failing).await;
+    let job = cloud.create_job(&group, &image, json!({"retries": 10})).await;
+    let executions = tests::eventually("the third execution succeeds", || async {
+        let executions = job_executions(&cloud, &job, &thing).await;
+        (count(&executions, &Succeeded) == 1).then_some(executions)
+    });
+    assert_eq!(executions.await, BTreeMap::from([(1, Failed), (2, Failed), (3, Succeeded)]));
+    assert_eq!(fleet.stop().await.len(), 3);
+    let recovered = cloud.recovered(&thing, 2).await;
+    assert_eq!([&recovered[0].output["attempt"], &recovered[1].output["attempt"]], [1, 2]);
+    let is_cleared = |device: &fleet::recovery::Device| device.attempts == 0;
+    cloud.await_recovery(&thing, "cleared", is_cleared).await;
 }
 
 #[tokio::test]

@@ -331,7 +331,6 @@ async fn every_way_through_the_recovery_of_a_failed_update() {
     let failed = [&PARK[..3], &["RecoveryFailed"]].concat();
     parkings.push(one("ParkDevice", vec![function_error("DeviceNotFound")], failed, gone));
     let machine = "FailedUpdateRecoveryArn";
-    let parkings = go_all(machine, input.clone(), parking, parkings, "outcome");
-    let quarantines = go_all(machine, input, quarantine, quarantines, "outcome");
-    futures_util::future::join(parkings, quarantines).await;
+    go_all(machine, input.clone(), parking, parkings, "outcome").await;
+    go_all(machine, input, quarantine, quarantines, "outcome").await;
 }

@@ -87,7 +87,7 @@ impl Project {
         std::iter::once(program)
             .chain(command.get_args())
             .map(|word| word.to_string_lossy().replace(&root, ""))
-            .map(|word| if word.contains(' ') { format!("'{word}'") } else { word })
+            .map(|word| if word.contains([' ', '"', '{']) { format!("'{word}'") } else { word })
             .collect::<Vec<_>>()
             .join(" ")
     }

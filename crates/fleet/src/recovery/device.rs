@@ -95,7 +95,7 @@ pub(super) struct Registered {
 /// What ended a parking or a quarantine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]
-pub enum Release {
+pub(super) enum Release {
     /// The time was over.
     Restored,
     /// The device reported a success.

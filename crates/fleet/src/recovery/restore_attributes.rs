@@ -1,6 +1,6 @@
 //! Hides a device from its dynamic thing groups, and shows it again: park, restore, quarantine, release.
 
-use super::device::{Phase, Values};
+use super::device::{Device, Phase, Values};
 use super::registry::{Reconciled, Registry};
 use crate::aws::now_millis;
 use crate::error::{aws, code};
@@ -155,10 +155,14 @@ impl Adapters {
     }
 
     async fn release(&self, thing: &ThingName) -> Result<Done, Error> {
-        let (_, was_known) = self.registry.table.change(thing, |device| device.release(now_millis())).await?;
+        let rule = |device: &mut Device| (device.phase != Phase::Active, device.release(now_millis()));
+        let (_, (was_held, was_known)) = self.registry.table.change(thing, rule).await?;
         // In any case: an earlier release may have been broken off here.
         self.leave_failed_group(thing).await?;
-        let reconciled = self.registry.reconcile(thing).await?;
+        let mut reconciled = self.registry.reconcile(thing).await?;
+        if !was_held {
+            reconciled.changed_by_operator.clear();
+        }
         Ok(done(thing, if was_known { Outcome::Released } else { Outcome::NothingToRelease }, reconciled))
     }
 
@@ -194,8 +198,8 @@ impl Adapters {
 
 fn done(thing: &ThingName, outcome: Outcome, reconciled: Reconciled) -> Done {
     let Reconciled { device, attributes, mut changed_by_operator } = reconciled;
-    // While a device is held, its attributes differ because it is held.
-    if device.phase != Phase::Active {
+    // Elsewhere they differ because the device is held, or for reasons of another time.
+    if !matches!(outcome, Outcome::Restored | Outcome::Released) {
         changed_by_operator.clear();
     }
     tracing::info!(thing = thing.as_str(), ?outcome, phase = ?device.phase, ?changed_by_operator);
