@@ -108,28 +108,24 @@ pub struct Adapters {
 /// Does it. Every action may be repeated, whether it was broken off or not.
 pub async fn handle(adapters: &Adapters, input: Input) -> Result<Output, Error> {
     let Input { action, thing_name, thing_names, operation_id } = input;
-    match (action, thing_name, thing_names, operation_id) {
-        (Action::Release, Some(thing), None, None) => adapters.release(&thing).await.map(Output::One),
-        (Action::Release, None, Some(things), None) => adapters.release_all(things).await,
-        (Action::Release, _, _, _) => Err(Error::invalid(
+    let done = match (action, thing_name, thing_names, operation_id) {
+        (Action::Park, Some(thing), None, Some(operation)) => adapters.park(&thing, &operation).await,
+        (Action::Restore, Some(thing), None, Some(operation)) => adapters.restore(&thing, &operation).await,
+        (Action::Quarantine, Some(thing), None, Some(operation)) => adapters.quarantine(&thing, &operation).await,
+        (Action::Release, Some(thing), None, None) => adapters.release(&thing).await,
+        (Action::Release, None, Some(things), None) => return adapters.release_all(things).await,
+        (Action::Release, ..) => Err(Error::invalid(
             "thingName",
             "another payload",
             "thingName or thingNames, and nothing else, for release",
         )),
-        (action, Some(thing), None, Some(operation)) => {
-            let done = match action {
-                Action::Quarantine => adapters.quarantine(&thing, &operation).await,
-                Action::Restore => adapters.restore(&thing, &operation).await,
-                Action::Park | Action::Release => adapters.park(&thing, &operation).await,
-            };
-            done.map(Output::One)
-        }
         _ => Err(Error::invalid(
             "thingName",
             "another payload",
-            "thingName and operationId for park, restore, quarantine",
+            "thingName and operationId, and nothing else, for park, restore and quarantine",
         )),
-    }
+    };
+    done.map(Output::One)
 }
 
 impl Adapters {
