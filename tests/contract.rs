@@ -231,6 +231,11 @@ fn the_recovery_asks_for_actions_and_decisions_that_there_are() {
         let expected: Vec<String> = names.iter().map(|name| format!("{{% ${variable} = '{name}' %}}")).collect();
         assert_eq!(conditions, expected, "{state}");
     }
+    // What hides a device is known to the code alone.
+    for path in ["statemachine/failed-update-recovery.asl.json", "template.yaml"] {
+        let text = read(path);
+        assert!(!text.contains("moveOut") && !text.contains("failedtoupdate"), "{path}");
+    }
 }
 
 fn json(name: impl serde::Serialize) -> String {
@@ -302,6 +307,7 @@ fn every_message_from_outside_goes_through_a_queue_with_a_dead_letter_queue() {
             assert_eq!(alarm["Dimensions"][0]["Value"], "QuarantineQueue.QueueName");
             let subscription = &resources("AWS::SNS::Subscription")["QuarantineSubscription"]["Properties"];
             assert_eq!(subscription["Endpoint"], "QuarantineQueue.Arn");
+            assert_eq!(subscription["TopicArn"], "QuarantineTopic");
         } else if name != "DeadLetterQueue" {
             let target = &queue["Properties"]["RedrivePolicy"]["deadLetterTargetArn"];
             assert_eq!(target, "DeadLetterQueue.Arn", "{name}");

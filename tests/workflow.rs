@@ -309,27 +309,43 @@ async fn every_way_through_the_recovery_of_a_failed_update() {
         let last = if way.len() == PARK.len() { "RESTORED" } else { "QUARANTINED" };
         for (index, state) in way.iter().enumerate().filter(|(_, state)| !good[**state].is_null()) {
             let failed = [&way[..=index], &["RecoveryFailed"]].concat();
-            let (again, names) = match *state {
-                "AddToFailedGroup" => (vec![error("Iot.ThrottlingException", "slow"), timeout()], vec![]),
-                "NotifyOperators" => (vec![error("SNS.ThrottledException", "slow"), timeout()], vec![]),
-                _ => (vec![busy(), timeout(), function_error("Throttled")], vec!["InvalidInput", "ServiceError"]),
+            let good = &good[*state][0];
+            let (refused, names) = match *state {
+                "AddToFailedGroup" => {
+                    let again = vec![error("Iot.ThrottlingException", "slow"), timeout(), good.clone()];
+                    paths.push(one(state, again, way.to_vec(), Ok(last)));
+                    ("Iot.UnauthorizedException", &[][..])
+                }
+                // It is repeated whatever the error is.
+                "NotifyOperators" => {
+                    let again = vec![error("SNS.ThrottledException", "slow"), timeout(), good.clone()];
+                    paths.push(one(state, again, way.to_vec(), Ok(last)));
+                    ("SNS.AuthorizationErrorException", &[][..])
+                }
+                _ => {
+                    let killed = error("Runtime.ExitError", "signal: killed");
+                    let again = vec![busy(), killed, error("Sandbox.Timedout", "after 60.00 seconds"), good.clone()];
+                    paths.push(one(state, again, way.to_vec(), Ok(last)));
+                    let [throttled, unavailable] = ["Throttled", "ServiceUnavailable"].map(function_error);
+                    paths.push(one(
+                        state,
+                        vec![timeout(), throttled, unavailable, good.clone()],
+                        way.to_vec(),
+                        Ok(last),
+                    ));
+                    // Counting does not look at the registry.
+                    let names = &["InvalidInput", "ServiceError", "DeviceNotFound"];
+                    let known = if *state == "CountFailure" { 2 } else { 3 };
+                    ("Lambda.ResourceNotFoundException", &names[..known])
+                }
             };
-            let again = again.into_iter().chain([good[*state][0].clone()]).collect();
-            paths.push(one(state, again, way.to_vec(), Ok(last)));
             for name in names {
-                let end = Err((name, "what the function said"));
+                let end = Err((*name, "what the function said"));
                 paths.push(one(state, vec![function_error(name)], failed.clone(), end));
             }
-            // The report to the operators is repeated whatever the error is.
-            if *state != "NotifyOperators" {
-                let refused = error("Iot.UnauthorizedException", "no");
-                paths.push(one(state, vec![refused], failed, Err(("ServiceError", "Unauthorized"))));
-            }
+            paths.push(one(state, vec![error(refused, "no")], failed, Err(("ServiceError", refused))));
         }
     }
-    let gone = Err(("DeviceNotFound", "what the function said"));
-    let failed = [&PARK[..3], &["RecoveryFailed"]].concat();
-    parkings.push(one("ParkDevice", vec![function_error("DeviceNotFound")], failed, gone));
     let machine = "FailedUpdateRecoveryArn";
     go_all(machine, input.clone(), parking, parkings, "outcome").await;
     go_all(machine, input, quarantine, quarantines, "outcome").await;
