@@ -219,9 +219,10 @@ async fn twice_and_contradicting(cloud: &Cloud, spec: &DeviceSpec) {
     let command = device.setting().await;
     device.confirm(&command).await;
     device.confirm(&command).await;
-    device.answer(&command.operation_id, &command.name, SettingOutcome::Fail { error: "9".into() }).await;
     let pushed = cloud.pushed(&device.thing, 1).await.remove(0);
     assert_eq!(pushed.output["status"], "SUCCESS", "{pushed:?}");
+    // Not before: the queue keeps no order, and the first answer that is handled counts.
+    device.answer(&command.operation_id, &command.name, SettingOutcome::Fail { error: "9".into() }).await;
     eventually("all answers are handled", || async { cloud.is_drained("DeviceResponsesQueue").await.then_some(()) })
         .await;
     assert_eq!(cloud.confirmed(&device.thing).await, temperatures(20.5));
