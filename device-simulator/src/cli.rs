@@ -6,7 +6,7 @@ use aws_config::retry::RetryConfig;
 use aws_smithy_http_client::tls::{Provider, rustls_provider::CryptoMode};
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
-use clap::builder::NonEmptyStringValueParser;
+use clap::builder::{BoolishValueParser, NonEmptyStringValueParser};
 use clap::{ArgGroup, Args, Parser, Subcommand};
 use device_simulator::faults::{self, FaultKind, FaultSpec};
 use device_simulator::progress::{Display, Verbosity, count};
@@ -46,7 +46,7 @@ pub(crate) struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Make things, keys, certificates and a policy in the registry. What exists is kept.
+    /// Make things, keys, certificates and a policy in the registry. What exists is kept, but for --attribute.
     ///
     /// Credentials, Region and endpoint come from the usual AWS variables and profiles.
     Provision(Provision),
@@ -100,7 +100,8 @@ struct Provision {
     /// Give the things no attribute externalId
     #[arg(long)]
     no_external_id: bool,
-    /// A further attribute of the things, such as FW=2.27; can be repeated
+    /// A further attribute of the things, those that exist included, such as FW=2.27; can be repeated. One without a
+    /// value is taken away
     #[arg(long, value_name = "NAME=VALUE", value_parser = provision::attribute)]
     attribute: Vec<(String, String)>,
     /// Say nothing but warnings, errors and the result
@@ -162,12 +163,12 @@ struct Run {
     #[arg(long, value_name = "BYTES", default_value_t = FaultTiming::default().slow_rate, env = "SIMULATOR_SLOW_RATE",
           value_parser = clap::value_parser!(u64).range(1..))]
     slow_rate: u64,
-    /// Let each device's first K updates fail in their transfer, or all of them; it says on iot/device/data how each
-    /// update has ended
+    /// Let each device's first K updates fail in their transfer, or all of them, counted over restarts; implies
+    /// --report-updates
     #[arg(long, value_name = "K|always", env = "SIMULATOR_FAILING_UPDATES")]
     failing_updates: Option<FailingUpdates>,
     /// Let the devices say on iot/device/data how each update has ended
-    #[arg(long, env = "SIMULATOR_REPORT_UPDATES")]
+    #[arg(long, env = "SIMULATOR_REPORT_UPDATES", value_parser = BoolishValueParser::new())]
     report_updates: bool,
     /// How long the fault `delay` waits before each report, and longer than --answer-delay before each answer
     #[arg(long, value_name = "TIME", default_value = "5s", env = "SIMULATOR_DELAY")]
@@ -589,6 +590,24 @@ mod tests {
             "never".parse::<FailingUpdates>(),
             Err("\"never\": expected a number of updates, or always".to_owned())
         );
+    }
+
+    #[test]
+    fn updates_are_reported_if_asked_for() {
+        assert!(!run(&[]).report_updates);
+        let options = run(&["--report-updates"]).fleet_options(1).unwrap();
+        assert_eq!((options.report_updates, options.failing_updates), (true, None));
+    }
+
+    #[test]
+    fn further_attributes_can_be_repeated() {
+        let args = ["device-simulator", "provision", "--count", "1", "--certificates", "."];
+        let extra = ["--attribute", "FW=2.27", "--attribute", "model=wo:v8"];
+        let Command::Provision(provision) = Cli::try_parse_from(args.iter().chain(&extra)).unwrap().command else {
+            unreachable!()
+        };
+        let expected = [("FW", "2.27"), ("model", "wo:v8")].map(|(name, value)| (name.to_owned(), value.to_owned()));
+        assert_eq!(provision.attribute, expected);
     }
 
     #[test]

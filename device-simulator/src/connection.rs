@@ -192,6 +192,19 @@ impl Connection {
         drop(self.outbox.push(publication));
     }
 
+    /// Takes the next message as a broker does.
+    #[cfg(test)]
+    pub(crate) async fn acknowledge_next(&self) -> Publication {
+        loop {
+            let next = self.outbox.lock().queue.front().map(|(publication, _)| publication.clone());
+            if let Some(publication) = next {
+                self.outbox.acknowledged();
+                return publication;
+            }
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
+
     /// The same, if there is a connection now and nothing else waits: for what is old news a moment later.
     pub(crate) fn post_if_idle(&self, publication: Publication) {
         if *self.online.borrow() && self.outbox.lock().queue.is_empty() {

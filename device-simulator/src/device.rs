@@ -2,7 +2,7 @@
 
 use crate::connection::{Connection, ConnectionSettings, Delivery};
 use crate::download::{self, Download, DownloadError, ImageFailure};
-use crate::fleet::{Context, EndedUpgrade, FailingUpdates, Outcome};
+use crate::fleet::{Context, EndedUpgrade, Outcome};
 use crate::now_milliseconds;
 use crate::settings::Answers;
 use crate::storage::{Operation, OperationPhase, Storage, StorageError};
@@ -468,7 +468,7 @@ impl Life<'_> {
             }
             OperationPhase::Failed { step, failure } => {
                 self.report(operation, *step, StepOutcome::Failed(failure.clone())).await;
-                self.report_update(operation, UpdateStatus::Failed).await;
+                self.report_update(operation, UpdateStatus::Failed).await?;
                 self.end(operation, Outcome::Failed, Some(reason(*step, failure)))?;
             }
         }
@@ -476,6 +476,11 @@ impl Life<'_> {
     }
 
     async fn download(&self, operation: &Operation) -> Result<Next, StorageError> {
+        if self.shall_fail() {
+            let failure = ImageFailure::Status(404).report(self.device.spec.protocol);
+            self.storage.fail_on_purpose(Step::FirmwareTransferred, failure)?;
+            return Ok(Next::Idle);
+        }
         let context = &self.device.context;
         let download = Download {
             client: &context.http,
@@ -484,7 +489,7 @@ impl Life<'_> {
             rate: self.has(Fault::Slow).then_some(context.options.fault_timing.slow_rate),
         };
         let mut pace = Pace::new();
-        let fetched = if self.has(Fault::Download) || self.shall_fail() {
+        let fetched = if self.has(Fault::Download) {
             Err(DownloadError::Image(ImageFailure::Status(404)))
         } else {
             download
@@ -538,7 +543,7 @@ impl Life<'_> {
             self.storage.roll_back(OperationPhase::Activated)?;
             let version = self.storage.state().version();
             self.report(operation, Step::DeviceRebooted, succeeded(Some(version.clone()))).await;
-            self.report_update(operation, UpdateStatus::Failed).await;
+            self.report_update(operation, UpdateStatus::Failed).await?;
             let reason = format!("wrong-version: {version} was reported after the reboot");
             return self.end(operation, Outcome::Failed, Some(reason));
         }
@@ -548,7 +553,7 @@ impl Life<'_> {
         }
         let version = self.storage.state().version();
         self.report(operation, Step::DeviceRebooted, succeeded(Some(version))).await;
-        self.report_update(operation, UpdateStatus::Succeeded).await;
+        self.report_update(operation, UpdateStatus::Succeeded).await?;
         self.end(operation, Outcome::Succeeded, None)
     }
 
@@ -568,36 +573,25 @@ impl Life<'_> {
     /// Sets the phase in which the failure is reported.
     fn fail(&self, step: Step, failure: &ImageFailure) -> Result<(), StorageError> {
         let failure = failure.report(self.device.spec.protocol);
-        self.storage.update(|state| {
-            state.set_phase(OperationPhase::Failed { step, failure });
-            state.failed_updates += 1;
-        })
+        self.storage.update(|state| state.set_phase(OperationPhase::Failed { step, failure }))
     }
 
     /// Whether this update is one of those that are to fail.
     fn shall_fail(&self) -> bool {
-        match self.device.context.options.failing_updates {
-            None => false,
-            Some(FailingUpdates::Always) => true,
-            Some(FailingUpdates::First(count)) => self.storage.state().failed_updates < count,
-        }
+        let failing = self.device.context.options.failing_updates;
+        failing.is_some_and(|failing| failing.includes_next(self.storage.state().failed_updates))
     }
 
     /// Says on the topic of all devices how the update has ended; the same again after a power cut.
-    async fn report_update(&self, operation: &Operation, status: UpdateStatus) {
+    async fn report_update(&self, operation: &Operation, status: UpdateStatus) -> Result<(), StorageError> {
         let options = &self.device.context.options;
         if options.report_updates || options.failing_updates.is_some() {
-            let attribute = |name: &str| self.device.spec.attributes.get(name).cloned();
-            let report = UpdateReport {
-                thing_name: self.thing().clone(),
-                timestamp: operation.started_at,
-                status,
-                model: attribute("model"),
-                firmware: attribute("FW").or_else(|| Some(self.storage.state().version())),
-            };
+            let timestamp = self.storage.report_time(now_milliseconds())?;
+            let report = update_report(&self.device.spec, self.storage.state().version(), timestamp, status);
             tracing::info!("{} -> update {status:?} ({})", self.thing(), operation.id);
             self.connection.publish(report.encode()).await;
         }
+        Ok(())
     }
 
     fn end(&self, operation: &Operation, outcome: Outcome, reason: Option<String>) -> Result<(), StorageError> {
@@ -701,6 +695,19 @@ impl Life<'_> {
     }
 }
 
+/// What a device says of itself: what the registry was told of it at first, or else what it runs.
+fn update_report(spec: &DeviceSpec, running: String, timestamp: i64, status: UpdateStatus) -> UpdateReport {
+    // An attribute without a value is none in the registry.
+    let attribute = |name: &str| spec.attributes.get(name).filter(|value| !value.is_empty()).cloned();
+    UpdateReport {
+        thing_name: spec.thing.clone(),
+        timestamp,
+        status,
+        model: attribute("model"),
+        firmware: attribute("FW").or(Some(running)),
+    }
+}
+
 fn succeeded(firmware_version: Option<String>) -> StepOutcome {
     StepOutcome::Succeeded { firmware_version }
 }
@@ -750,6 +757,198 @@ impl Pace {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fleet::{FailingUpdates, FleetOptions};
+    use crate::storage::Slot;
+    use crate::{fleet, install_crypto_provider};
+    use protocol::recovery::UPDATE_REPORTS_TOPIC;
+    use rustls::{ClientConfig, RootCertStore};
+    use std::slice;
+    use tokio::sync::Semaphore;
+
+    const ATTRIBUTES: [(&str, &str); 2] = [("FW", "2.27"), ("model", "wo:v8")];
+
+    fn spec(folder: &Path, attributes: &[(&str, &str)]) -> DeviceSpec {
+        DeviceSpec {
+            thing: "sim-0001".parse().unwrap(),
+            protocol: ProtocolName::Json,
+            certificates: folder.to_owned(),
+            firmware_version: "1.0.0".into(),
+            attributes: attributes.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect(),
+            faults: Faults::default(),
+        }
+    }
+
+    /// A device whose broker is the test.
+    fn device(spec: DeviceSpec, failing_updates: Option<FailingUpdates>, report_updates: bool) -> Device {
+        install_crypto_provider();
+        let endpoint: crate::Endpoint = "127.0.0.1:1".parse().unwrap();
+        let options = FleetOptions {
+            failing_updates,
+            report_updates,
+            upgrades: 0,
+            step_delay: Duration::ZERO,
+            ..FleetOptions::new(endpoint.clone())
+        };
+        let context = Arc::new(fleet::context(options, slice::from_ref(&spec)).unwrap());
+        let tls = ClientConfig::builder().with_root_certificates(RootCertStore::empty()).with_no_client_auth();
+        let connection = ConnectionSettings {
+            thing: spec.thing.clone(),
+            endpoint,
+            tls: Arc::new(tls),
+            filters: vec![],
+            handshakes: Arc::new(Semaphore::new(1)),
+            on_failure: Box::new(|_| ()),
+        };
+        fleet::device(0, spec, context, Arc::new(connection))
+    }
+
+    fn firmware() -> Firmware {
+        // Nobody listens on that port.
+        let url = "http://127.0.0.1:1/2.0.0".to_owned();
+        Firmware { version: "2.0.0".into(), url, sha256: None, size: None, signature: None }
+    }
+
+    /// Goes on with the operation on disk until it ends; everything that was sent.
+    async fn upgrade(device: &Device, storage: &Storage) -> Vec<Publication> {
+        let (connection, _inbox) = Connection::open(Arc::clone(&device.connection));
+        let life = Life { device, storage, connection: &connection };
+        let mut upgrade = pin!(life.upgrade());
+        let mut sent = Vec::new();
+        loop {
+            select! {
+                biased;
+                next = &mut upgrade => {
+                    assert!(matches!(next, Ok(Next::Idle)));
+                    return sent;
+                }
+                publication = connection.acknowledge_next() => sent.push(publication),
+            }
+        }
+    }
+
+    /// Sends a device the command of an operation, as often as told; everything that it sent for it.
+    async fn command(device: &Device, operation: &str, repeats: usize) -> Vec<Publication> {
+        let storage = Storage::open(&device.folder, "1.0.0").unwrap();
+        let (connection, _inbox) = Connection::open(Arc::clone(&device.connection));
+        let life = Life { device, storage: &storage, connection: &connection };
+        for repeat in 0..repeats {
+            let task =
+                life.receive_download(operation.parse().unwrap(), firmware(), ReplyTo::default()).expect("a disk");
+            assert_eq!(matches!(task, Task::Begin), repeat == 0, "{operation}");
+        }
+        upgrade(device, &storage).await
+    }
+
+    fn reports(sent: &[Publication]) -> Vec<UpdateReport> {
+        let reports = sent.iter().filter(|publication| publication.topic == UPDATE_REPORTS_TOPIC);
+        reports.map(|report| UpdateReport::decode(&report.payload).unwrap()).collect()
+    }
+
+    fn ended(device: &Device) -> Vec<EndedUpgrade> {
+        device.context.all_ended()
+    }
+
+    fn failed_on_purpose(folder: &Path) -> u32 {
+        Storage::open(folder, "1.0.0").unwrap().state().failed_updates
+    }
+
+    // Paused, because a download is tried again for a while.
+    #[tokio::test(start_paused = true)]
+    async fn the_first_updates_fail_once_each_over_restarts_and_are_reported() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut timestamps = Vec::new();
+        // The third one is not meant to fail, and only does for want of a server.
+        for (operation, counted) in [("op-1", 1), ("op-2", 2), ("op-3", 2)] {
+            let device = device(spec(folder.path(), &ATTRIBUTES), Some(FailingUpdates::First(2)), false);
+            let sent = command(&device, operation, 3).await;
+            assert_eq!(failed_on_purpose(folder.path()), counted, "{operation}");
+            let reports = reports(&sent);
+            assert_eq!(reports.len(), 1, "{operation}: {sent:?}");
+            assert_eq!(reports[0].status, UpdateStatus::Failed);
+            assert_eq!((reports[0].firmware.as_deref(), reports[0].model.as_deref()), (Some("2.27"), Some("wo:v8")));
+            assert_eq!(sent.last().unwrap().topic, UPDATE_REPORTS_TOPIC, "the workflow hears of it first");
+            assert!(String::from_utf8_lossy(&sent[sent.len() - 2].payload).contains(operation));
+            timestamps.push(reports[0].timestamp);
+            let ended = ended(&device);
+            assert_eq!(ended.iter().map(|ended| ended.outcome).collect::<Vec<_>>(), [Outcome::Failed]);
+            let is_meant = ended[0].reason.as_ref().unwrap().contains("404");
+            assert_eq!(is_meant, operation != "op-3", "{ended:?}");
+        }
+        assert!(timestamps.is_sorted_by(|a, b| a < b), "{timestamps:?}");
+    }
+
+    #[tokio::test]
+    async fn a_report_that_a_power_cut_repeats_is_the_same() {
+        let folder = tempfile::tempdir().unwrap();
+        let device = device(spec(folder.path(), &[]), Some(FailingUpdates::Always), false);
+        let storage = Storage::open(folder.path(), "1.0.0").unwrap();
+        storage.begin("op-1".parse().unwrap(), firmware(), ReplyTo::default(), 0).unwrap();
+        let time = storage.report_time(1000).unwrap();
+        let sent = upgrade(&device, &Storage::open(folder.path(), "1.0.0").unwrap()).await;
+        assert_eq!(reports(&sent).iter().map(|report| report.timestamp).collect::<Vec<_>>(), [time]);
+    }
+
+    /// A device that has just booted what it was upgraded to.
+    fn upgraded(folder: &Path) -> Storage {
+        let storage = Storage::open(folder, "1.0.0").unwrap();
+        storage.begin("op-1".parse().unwrap(), firmware(), ReplyTo::default(), 0).unwrap();
+        std::fs::write(storage.partial(), b"image").unwrap();
+        let sha256 = download::digest(&storage.partial()).unwrap();
+        storage.install("2.0.0", sha256).unwrap();
+        storage.activate().unwrap();
+        assert_eq!(storage.state().active, Slot::B);
+        storage
+    }
+
+    #[tokio::test]
+    async fn an_update_that_succeeds_is_reported_with_the_new_version_if_asked_for() {
+        for report_updates in [true, false] {
+            let folder = tempfile::tempdir().unwrap();
+            let device = device(spec(folder.path(), &[]), None, report_updates);
+            let reports = reports(&upgrade(&device, &upgraded(folder.path())).await);
+            assert_eq!(reports.len(), usize::from(report_updates));
+            for report in reports {
+                assert_eq!((report.status, report.model), (UpdateStatus::Succeeded, None));
+                assert_eq!(report.firmware.as_deref(), Some("2.0.0"));
+            }
+            assert_eq!(ended(&device)[0].outcome, Outcome::Succeeded);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_cancelled_update_is_neither_reported_nor_counted() {
+        let folder = tempfile::tempdir().unwrap();
+        let device = device(spec(folder.path(), &[]), Some(FailingUpdates::First(1)), true);
+        let storage = Storage::open(folder.path(), "1.0.0").unwrap();
+        storage.begin("op-1".parse().unwrap(), firmware(), ReplyTo::default(), 0).unwrap();
+        let (connection, _inbox) = Connection::open(Arc::clone(&device.connection));
+        let life = Life { device: &device, storage: &storage, connection: &connection };
+        assert!(matches!(life.receive_cancel(&"op-1".parse().unwrap()), Ok(Task::Cancel)));
+        assert_eq!(upgrade(&device, &storage).await, []);
+        assert_eq!(failed_on_purpose(folder.path()), 0);
+        assert_eq!(ended(&device)[0].outcome, Outcome::Cancelled);
+    }
+
+    #[test]
+    fn a_report_has_what_the_registry_was_told_or_what_runs() {
+        let encoded = |attributes: &[(&str, &str)]| {
+            let report = update_report(&spec(Path::new("."), attributes), "1.0.0".into(), 7, UpdateStatus::Failed);
+            String::from_utf8(report.encode().payload).unwrap()
+        };
+        let start = r#"{"_id_":"sim-0001","timestamp":"7","status":"failed","#;
+        assert_eq!(encoded(&ATTRIBUTES), format!(r#"{start}"model":"wo:v8","FW":"2.27"}}"#));
+        for none in [&[][..], &[("FW", ""), ("model", "")], &[("other", "x")]] {
+            assert_eq!(encoded(none), format!(r#"{start}"FW":"1.0.0"}}"#));
+        }
+    }
+
+    #[test]
+    fn device_json_from_before_attributes_is_still_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let old = r#"{"thing": "sim-0001", "protocol": "json", "firmwareVersion": "1.0.0"}"#;
+        std::fs::write(folder.path().join(Identity::FILE), old).unwrap();
+        assert!(DeviceSpec::load(folder.path()).unwrap().attributes.is_empty());
+    }
 
     #[test]
     fn progress_is_told_at_most_each_second_and_only_when_it_moves() {

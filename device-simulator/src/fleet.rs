@@ -21,13 +21,23 @@ const HANDSHAKES: usize = 64;
 /// How many updates an observer may fall behind before it misses some.
 const UPDATES: usize = 4096;
 
-/// Which updates of a device fail, whatever they are.
+/// Which updates of a device fail, whatever they are. What has failed so is counted in its storage.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FailingUpdates {
     /// So many first ones.
     First(u32),
     /// All of them.
     Always,
+}
+
+impl FailingUpdates {
+    /// Whether the next update fails, after so many that have.
+    pub(crate) fn includes_next(self, failed: u32) -> bool {
+        match self {
+            Self::First(count) => failed < count,
+            Self::Always => true,
+        }
+    }
 }
 
 impl std::str::FromStr for FailingUpdates {
@@ -65,7 +75,7 @@ pub struct FleetOptions {
     pub fault_timing: FaultTiming,
     /// Which updates fail in their transfer, and are reported; none: as the faults say.
     pub failing_updates: Option<FailingUpdates>,
-    /// Whether devices say on `iot/device/data` how their updates have ended.
+    /// Whether devices say on `iot/device/data` how their updates have ended; those with failing updates always do.
     pub report_updates: bool,
 }
 
@@ -219,6 +229,10 @@ impl Context {
         let _ = self.updates.send(DeviceUpdate::Applied { thing, name: name.clone(), value: value.clone() });
     }
 
+    pub(crate) fn all_ended(&self) -> Vec<EndedUpgrade> {
+        self.board().ended.clone()
+    }
+
     pub(crate) fn ended(&self, device: usize, ended: EndedUpgrade) {
         let reason = ended.reason.as_ref().map(|reason| format!(": {reason}")).unwrap_or_default();
         tracing::info!("{}: {:?} after {:.1} s{reason}", ended.thing, ended.outcome, ended.seconds);
@@ -337,7 +351,7 @@ impl Fleet {
 
     /// What has ended so far, in that order.
     pub fn ended(&self) -> Vec<EndedUpgrade> {
-        self.context.board().ended.clone()
+        self.context.all_ended()
     }
 
     /// Waits until each device has ended as many operations as the options ask for.
@@ -393,7 +407,7 @@ impl Fleet {
     }
 }
 
-fn context(options: FleetOptions, specs: &[DeviceSpec]) -> Result<Context, StartError> {
+pub(crate) fn context(options: FleetOptions, specs: &[DeviceSpec]) -> Result<Context, StartError> {
     let ca = options.ca.as_ref().map(std::fs::read).transpose().map_err(StartError::new)?;
     let http = download::client(ca.as_deref()).map_err(StartError::new)?;
     let waiting = if options.upgrades == 0 { 0 } else { specs.len() };
@@ -435,7 +449,12 @@ fn connection(
     })
 }
 
-fn device(index: usize, spec: DeviceSpec, context: Arc<Context>, connection: Arc<ConnectionSettings>) -> Device {
+pub(crate) fn device(
+    index: usize,
+    spec: DeviceSpec,
+    context: Arc<Context>,
+    connection: Arc<ConnectionSettings>,
+) -> Device {
     let folder = match &context.options.state {
         Some(parent) => parent.join(spec.thing.as_str()),
         None => spec.certificates.clone(),
@@ -449,5 +468,28 @@ fn device(index: usize, spec: DeviceSpec, context: Arc<Context>, connection: Arc
         held: Mutex::new(None),
         was_cut: AtomicBool::new(false),
         has_left: AtomicBool::new(false),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn failing_updates_are_a_number_or_always() {
+        assert_eq!("3".parse(), Ok(FailingUpdates::First(3)));
+        assert_eq!("always".parse(), Ok(FailingUpdates::Always));
+        for wrong in ["", "never", "-1", "1.5", "Always", "4294967296"] {
+            let error = wrong.parse::<FailingUpdates>().unwrap_err();
+            assert_eq!(error, format!("{wrong:?}: expected a number of updates, or always"));
+        }
+    }
+
+    #[test]
+    fn the_first_updates_fail_or_all_of_them() {
+        let failing = |updates: FailingUpdates| [0, 1, 2, 1000].map(|failed| updates.includes_next(failed));
+        assert_eq!(failing(FailingUpdates::First(2)), [true, true, false, false]);
+        assert_eq!(failing(FailingUpdates::First(0)), [false; 4]);
+        assert_eq!(failing(FailingUpdates::Always), [true; 4]);
     }
 }

@@ -9,7 +9,7 @@ use protocol::recovery::UPDATE_REPORTS_TOPIC;
 use protocol::{ProtocolName, ThingName};
 use rcgen::{CertificateParams, DnType, KeyPair};
 use serde_json::json;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::OpenOptions;
 use std::future::Future;
 use std::io::Write;
@@ -29,8 +29,8 @@ const REMOVALS: u32 = 6;
 
 /// The attribute that links a thing to its user's settings.
 const EXTERNAL_ID: &str = "externalId";
-/// The attributes that every device has from here.
-const OWN_ATTRIBUTES: [&str; 3] = ["protocol", "firmwareVersion", EXTERNAL_ID];
+/// The attributes that are set from here alone.
+const OWN_ATTRIBUTES: [&str; 4] = ["protocol", "firmwareVersion", EXTERNAL_ID, CREATED_BY.0];
 
 const ALREADY_EXISTS: &str = "ResourceAlreadyExistsException";
 const CERTIFICATE_STATE: &str = "CertificateStateException";
@@ -110,7 +110,8 @@ pub struct ProvisionOptions {
     /// What the attribute `externalId` of each becomes, by which a third party knows its user; `{thing}` stands for
     /// the thing's name. None: they get no such attribute.
     pub external_id: Option<String>,
-    /// Further attributes of each; [`attribute`] reads them.
+    /// Further attributes of each, those that exist included; [`attribute`] reads them. One without a value is taken
+    /// away.
     pub attributes: BTreeMap<String, String>,
     /// The policy for their certificates.
     pub policy: DevicePolicy,
@@ -153,9 +154,9 @@ pub fn attribute(text: &str) -> Result<(String, String), String> {
             "{name:?} is no attribute's name: expected 1 to 128 characters of a-z A-Z 0-9 _ . , @ / : # -"
         ));
     }
-    if !(1..=800).contains(&value.len()) || !allowed(value, "=[]") {
+    if value.len() > 800 || !allowed(value, "=[]") {
         return Err(format!(
-            "{value:?} is no attribute's value: expected 1 to 800 characters of a-z A-Z 0-9 _ . , @ / : # = [ ] -"
+            "{value:?} is no attribute's value: expected at most 800 characters of a-z A-Z 0-9 _ . , @ / : # = [ ] -"
         ));
     }
     Ok((name.to_owned(), value.to_owned()))
@@ -179,8 +180,8 @@ pub struct Provisioned {
     pub kept: usize,
 }
 
-/// Makes devices; what exists is kept, so it can be called again after it was interrupted. `on_device` is called
-/// for each one that is ready.
+/// Makes devices; what exists is kept but for the further attributes, so it can be called again after it was
+/// interrupted. `on_device` is called for each one that is ready.
 pub async fn provision(
     client: &Client,
     options: ProvisionOptions,
@@ -236,17 +237,21 @@ impl Provisioning {
         let options = &self.options;
         let thing = &options.things[index];
         let folder = options.certificates.join(thing.as_str());
-        let identity = match Identity::read(&folder) {
-            Ok(identity) => identity,
-            Err(_) => Identity {
+        let known = Identity::read(&folder).ok();
+        let identity = with_attributes(
+            known.clone().unwrap_or_else(|| Identity {
                 thing: thing.clone(),
                 protocol: options.protocols.of(index),
                 firmware_version: options.firmware_version.clone(),
                 certificate_id: None,
-                attributes: options.attributes.clone(),
-            },
-        };
+                attributes: BTreeMap::new(),
+            }),
+            &options.attributes,
+        );
         let arn_prefix = self.create_thing(&identity).await?;
+        if known.is_some_and(|known| known.attributes != identity.attributes) {
+            write_identity(&folder, &identity)?;
+        }
         self.policy.get_or_try_init(|| self.ensure_policy(&arn_prefix)).await?;
         let (principal, is_new) = match self.registered_certificate(&folder, &identity).await? {
             Some(principal) => (principal, false),
@@ -280,16 +285,16 @@ impl Provisioning {
             .ok_or_else(|| ProvisionError::new(format!("the thing {name} has an unexpected ARN"), arn))
     }
 
-    /// Leaves an existing thing as it is, but for attributes that it lacks. Returns its ARN.
+    /// Leaves an existing thing as it is, but for attributes that it lacks or that are asked for now. Returns its ARN.
     async fn keep_thing(
         &self,
         name: &str,
-        mut further: BTreeMap<String, String>,
+        further: BTreeMap<String, String>,
     ) -> Result<Option<String>, ProvisionError> {
         let existing = self.client.describe_thing().thing_name(name).send().await;
         let existing = existing.map_err(failed(format!("the thing {name} cannot be read")))?;
         let known = existing.attributes.unwrap_or_default();
-        further.retain(|name, _| !known.contains_key(name));
+        let further = changes(&known, further, &self.options.attributes);
         if !further.is_empty() {
             let what = format!("the thing {name} does not get its attributes {further:?}");
             let attributes = AttributePayload::builder().set_attributes(Some(further.into_iter().collect()));
@@ -350,9 +355,7 @@ impl Provisioning {
         write_file(&key_file, key.as_bytes(), 0o600)?;
         write_file(&folder.join("certificate.pem"), pem.as_bytes(), 0o644)?;
         // Last: the folder counts as a device from here on.
-        let identity = Identity { certificate_id: Some(id), ..identity };
-        let json = serde_json::to_vec_pretty(&identity).map_err(|error| ProvisionError::new("device.json", error))?;
-        write_file(&folder.join(Identity::FILE), &json, 0o644)?;
+        write_identity(folder, &Identity { certificate_id: Some(id), ..identity })?;
         Ok(arn)
     }
 
@@ -371,6 +374,32 @@ impl Provisioning {
         }
         Ok(())
     }
+}
+
+/// The identity with attributes that are asked for; one without a value is taken away.
+fn with_attributes(mut identity: Identity, asked: &BTreeMap<String, String>) -> Identity {
+    identity.attributes.extend(asked.clone());
+    identity.attributes.retain(|_, value| !value.is_empty());
+    identity
+}
+
+/// What an existing thing's attributes change to: those that are asked for become so, of the others only what is
+/// missing is added, because the cloud may have changed them since. The registry takes an empty value for a removal.
+fn changes(
+    known: &HashMap<String, String>,
+    further: BTreeMap<String, String>,
+    asked: &BTreeMap<String, String>,
+) -> BTreeMap<String, String> {
+    let mut changes = further;
+    changes.retain(|name, _| !known.contains_key(name));
+    changes.extend(asked.clone());
+    changes.retain(|name, value| known.get(name).map_or("", String::as_str) != value);
+    changes
+}
+
+fn write_identity(folder: &Path, identity: &Identity) -> Result<(), ProvisionError> {
+    let json = serde_json::to_vec_pretty(identity).map_err(|error| ProvisionError::new("device.json", error))?;
+    write_file(&folder.join(Identity::FILE), &json, 0o644)
 }
 
 /// The device's key, kept if there is one, and a certificate signing request for it.
@@ -698,16 +727,64 @@ async fn remove_group(client: &Client, name: &str) -> Result<bool, ProvisionErro
 #[cfg(test)]
 mod tests {
     use super::*;
+    use protocol::{OperationId, ReplyTo, Response, Step, StepOutcome, settings};
 
     #[test]
     fn further_attributes_are_checked_as_the_registry_would() {
         assert_eq!(attribute("model=wo:v8"), Ok(("model".to_owned(), "wo:v8".to_owned())));
         assert_eq!(attribute("a=b=c").unwrap().1, "b=c");
-        for bad in ["model", "=x", "FW=", "a b=c", "FW=2 27", "externalId=user-1", &format!("a={}", "x".repeat(801))] {
-            assert!(attribute(bad).is_err(), "{bad}");
+        assert_eq!(attribute("FW=").unwrap().1, "");
+        assert!(attribute(&format!("aZ0_.,@/:#-{}={}", "x".repeat(117), "[=]".repeat(266))).is_ok());
+        let long_name = format!("{}=a", "x".repeat(129));
+        let long_value = format!("a={}", "x".repeat(801));
+        for (bad, why) in [
+            ("model", "\"model\": expected NAME=VALUE"),
+            ("=x", "\"\" is no attribute's name: expected 1 to 128 characters of"),
+            ("a b=c", "\"a b\" is no attribute's name"),
+            ("a[=c", "\"a[\" is no attribute's name"),
+            (&long_name, "is no attribute's name"),
+            ("FW=2 27", "\"2 27\" is no attribute's value: expected at most 800 characters of"),
+            ("FW=\u{e9}", "is no attribute's value"),
+            (&long_value, "is no attribute's value"),
+        ] {
+            let error = attribute(bad).unwrap_err();
+            assert!(error.contains(why), "{bad}: {error}");
+        }
+        for own in ["protocol", "firmwareVersion", "externalId", "createdBy"] {
+            assert_eq!(attribute(&format!("{own}=x")), Err(format!("{own} is set by the simulator itself")));
         }
     }
-    use protocol::{OperationId, ReplyTo, Response, Step, StepOutcome, settings};
+
+    fn map<T: FromIterator<(String, String)>>(pairs: &[(&str, &str)]) -> T {
+        pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
+    }
+
+    #[test]
+    fn an_existing_thing_gets_what_is_asked_for_and_what_it_lacks() {
+        let known = map(&[("FW", "failedtoupdate"), ("model", "wo:v8"), ("old", "x")]);
+        let further: BTreeMap<_, _> = map(&[("FW", "2.27"), ("model", "wo:v8"), ("externalId", "user-1")]);
+        // The cloud has changed FW: only who asks for it gets it back.
+        assert_eq!(changes(&known, further.clone(), &map(&[])), map(&[("externalId", "user-1")]));
+        let asked = map(&[("FW", "2.27"), ("model", "wo:v8"), ("old", ""), ("never", "")]);
+        let expected = map(&[("FW", "2.27"), ("externalId", "user-1"), ("old", "")]);
+        assert_eq!(changes(&known, further, &asked), expected);
+    }
+
+    #[test]
+    fn a_device_keeps_its_attributes_beside_new_ones() {
+        let folder = tempfile::tempdir().unwrap();
+        let identity = Identity {
+            thing: "sim-0001".parse().unwrap(),
+            protocol: ProtocolName::Json,
+            firmware_version: "1.0.0".into(),
+            certificate_id: Some("1".into()),
+            attributes: map(&[("FW", "2.27"), ("model", "wo:v8"), ("old", "x")]),
+        };
+        write_identity(folder.path(), &with_attributes(identity, &map(&[("FW", "2.28"), ("old", "")]))).unwrap();
+        let kept = Identity::read(folder.path()).unwrap();
+        assert_eq!(kept.attributes, map(&[("FW", "2.28"), ("model", "wo:v8")]));
+        assert_eq!(kept.certificate_id.as_deref(), Some("1"));
+    }
 
     #[test]
     fn a_cleanup_by_prefix_takes_only_numbered_names() {
@@ -763,6 +840,7 @@ mod tests {
             assert!(allows("iot:Publish", &format!("topic/{}", boot.topic)));
             assert_eq!(received.reply_to == ReplyTo::default(), name == ProtocolName::Json);
         }
+        assert!(allows("iot:Publish", &format!("topic/{UPDATE_REPORTS_TOPIC}")));
         let [request, response] = [settings::request_topic(&thing), settings::response_topic(&thing)];
         assert!(allows("iot:Subscribe", &format!("topicfilter/{request}")));
         assert!(allows("iot:Receive", &format!("topic/{request}")));

@@ -81,6 +81,9 @@ pub(crate) struct Operation {
     pub(crate) from: String,
     /// Unix milliseconds.
     pub(crate) started_at: i64,
+    /// When its end is reported to have been, in Unix milliseconds, once that is settled.
+    #[serde(default)]
+    reported_at: Option<i64>,
 }
 
 /// All that a device remembers over a power cut.
@@ -97,9 +100,12 @@ pub(crate) struct State {
     /// What the device is set to; devices of older versions have none.
     #[serde(default)]
     pub(crate) settings: Settings,
-    /// How many updates have failed.
+    /// How many updates have failed because they were to.
     #[serde(default)]
     pub(crate) failed_updates: u32,
+    /// When the last update that was reported ended, as reported.
+    #[serde(default)]
+    last_report: i64,
 }
 
 impl State {
@@ -114,6 +120,7 @@ impl State {
             announced: false,
             settings: Settings::new(),
             failed_updates: 0,
+            last_report: 0,
         }
     }
 
@@ -276,7 +283,9 @@ impl Storage {
             state.see(&id);
             let (previous, from) = (state.active, state.version());
             let phase = OperationPhase::Started;
-            state.operation = Some(Operation { id, firmware, reply_to, phase, previous, from, started_at: now });
+            let (started_at, reported_at) = (now, None);
+            state.operation =
+                Some(Operation { id, firmware, reply_to, phase, previous, from, started_at, reported_at });
         })
     }
 
@@ -309,6 +318,31 @@ impl Storage {
             }
             state.set_phase(phase);
         })
+    }
+
+    /// Fails the operation because it is to fail, and counts that.
+    pub(crate) fn fail_on_purpose(&self, step: Step, failure: DeviceFailure) -> Result<(), StorageError> {
+        // In one write: a power cut must not count one operation twice.
+        self.update(|state| {
+            state.set_phase(OperationPhase::Failed { step, failure });
+            state.failed_updates += 1;
+        })
+    }
+
+    /// When the operation's end is reported to have been: later than any before, whatever the clock says.
+    pub(crate) fn report_time(&self, now: i64) -> Result<i64, StorageError> {
+        // A report that a power cut repeats must not look like another failure.
+        if let Some(settled) = self.operation().and_then(|operation| operation.reported_at) {
+            return Ok(settled);
+        }
+        let time = now.max(self.lock().last_report + 1);
+        self.update(|state| {
+            state.last_report = time;
+            if let Some(operation) = &mut state.operation {
+                operation.reported_at = Some(time);
+            }
+        })?;
+        Ok(time)
     }
 
     /// Ends the operation and drops what it has downloaded.
@@ -488,6 +522,68 @@ mod tests {
             assert!(storage.state().settings.is_empty());
             assert!(storage.set(&setting("p1.SET_TEMP", 21.5)).unwrap());
         }
+    }
+
+    fn begin(storage: &Storage, operation: &str) {
+        storage.begin(operation.parse().unwrap(), firmware(), ReplyTo::default(), 0).unwrap();
+    }
+
+    #[test]
+    fn failures_on_purpose_are_counted_over_power_cuts() {
+        let folder = tempfile::tempdir().unwrap();
+        let failure = || DeviceFailure { code: "7000".into(), message: "404".into() };
+        for count in 1..=3 {
+            let storage = Storage::open(folder.path(), "1.0.0").unwrap();
+            begin(&storage, &format!("op-{count}"));
+            storage.fail_on_purpose(Step::FirmwareTransferred, failure()).unwrap();
+            let state = Storage::open(folder.path(), "1.0.0").unwrap().state();
+            assert_eq!(state.failed_updates, count);
+            assert!(matches!(state.operation.unwrap().phase, OperationPhase::Failed { .. }));
+            storage.end().unwrap();
+        }
+    }
+
+    #[test]
+    fn a_power_cut_counts_a_failure_with_its_operation_or_not_at_all() {
+        for writes in 0..2 {
+            let folder = tempfile::tempdir().unwrap();
+            begin(&Storage::open(folder.path(), "1.0.0").unwrap(), "op-1");
+            let disk = Disk { power_cut_after: Some(writes.into()) };
+            let storage = Storage::open_on(disk, folder.path(), "1.0.0").unwrap();
+            let failure = DeviceFailure { code: "7000".into(), message: "404".into() };
+            assert!(storage.fail_on_purpose(Step::FirmwareTransferred, failure).is_err());
+            let state = Storage::open(folder.path(), "1.0.0").unwrap().state();
+            assert_eq!((state.failed_updates, state.operation.unwrap().phase), (0, OperationPhase::Started));
+        }
+    }
+
+    #[test]
+    fn reports_have_one_time_an_operation_and_later_ones_each() {
+        let folder = tempfile::tempdir().unwrap();
+        // The clock stands still, and then goes back.
+        for (operation, now, expected) in [("op-1", 1000, 1000), ("op-2", 1000, 1001), ("op-3", 5, 1002)] {
+            begin(&Storage::open(folder.path(), "1.0.0").unwrap(), operation);
+            for later in [0, 9] {
+                let storage = Storage::open(folder.path(), "1.0.0").unwrap();
+                assert_eq!(storage.report_time(now + later).unwrap(), expected, "{operation}");
+            }
+            Storage::open(folder.path(), "1.0.0").unwrap().end().unwrap();
+        }
+    }
+
+    #[test]
+    fn an_operation_from_before_reports_is_still_read() {
+        let folder = tempfile::tempdir().unwrap();
+        begin(&Storage::open(folder.path(), "1.0.0").unwrap(), "op-1");
+        let path = folder.path().join("state.json");
+        let mut old: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        for (object, field) in [("", "failedUpdates"), ("", "lastReport"), ("/operation", "reportedAt")] {
+            assert!(old.pointer_mut(object).unwrap().as_object_mut().unwrap().remove(field).is_some(), "{field}");
+        }
+        fs::write(&path, old.to_string()).unwrap();
+        let storage = Storage::open(folder.path(), "1.0.0").unwrap();
+        assert_eq!(storage.state().failed_updates, 0);
+        assert_eq!(storage.report_time(7).unwrap(), 7);
     }
 
     #[test]

@@ -38,3 +38,35 @@ fn a_folder_without_devices_is_wrong_usage_and_a_missing_one_cannot_run() {
     assert_eq!(missing.status.code(), Some(3), "{}", stderr(&missing));
     assert!(stderr(&missing).contains("/nonexistent"));
 }
+
+#[test]
+fn a_bad_attribute_and_a_bad_count_of_failing_updates_are_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let certificates = folder.path().to_str().unwrap();
+    let provision = ["provision", "--count", "1", "--certificates", certificates, "--attribute"];
+    let run = ["run", "--certificates", certificates, "--endpoint", "localhost", "--failing-updates"];
+    for (args, wrong, why) in [
+        (&provision[..], "FW", "expected NAME=VALUE"),
+        (&provision, "createdBy=me", "createdBy is set by the simulator itself"),
+        (&provision, "a b=c", "\"a b\" is no attribute's name"),
+        (&run, "some", "\"some\": expected a number of updates, or always"),
+    ] {
+        let output = simulator(&[args, &[wrong]].concat());
+        assert_eq!(output.status.code(), Some(2), "{wrong}");
+        assert!(stderr(&output).contains(why), "{}", stderr(&output));
+    }
+}
+
+#[test]
+fn the_mode_of_updates_can_come_from_the_environment() {
+    let folder = tempfile::tempdir().unwrap();
+    for (reports, failing, is_read) in
+        [("1", "always", true), ("false", "2", true), ("?", "2", false), ("1", "?", false)]
+    {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_device-simulator"));
+        command.env("SIMULATOR_REPORT_UPDATES", reports).env("SIMULATOR_FAILING_UPDATES", failing);
+        command.args(["run", "--endpoint", "localhost", "--certificates"]).arg(folder.path());
+        let output = command.output().expect("the program to start");
+        assert_eq!(stderr(&output).contains("holds no device"), is_read, "{}", stderr(&output));
+    }
+}
