@@ -20,6 +20,7 @@ use rusp_lib::usp_builder::{
 use rusp_lib::usp_decoder::{try_decode_msg, try_decode_record};
 use rusp_lib::usp_record::mod_Record::OneOfrecord_type;
 use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 /// The encoding of USP agents.
 pub(crate) struct Usp;
@@ -211,14 +212,22 @@ fn request_topic(thing: &ThingName) -> String {
 
 fn decode(payload: &[u8]) -> Result<(String, Msg), DecodeError> {
     check_size(payload)?;
-    let record =
-        try_decode_record(payload).map_err(|error| DecodeError::malformed("USP record", format!("{error:#}")))?;
+    let record = caught("USP record", || try_decode_record(payload))?;
     let OneOfrecord_type::no_session_context(content) = record.record_type else {
         return Err(DecodeError::malformed("USP record", "expected no_session_context"));
     };
-    let message = try_decode_msg(&content.payload)
-        .map_err(|error| DecodeError::malformed("USP message", format!("{error:#}")))?;
+    let message = caught("USP message", || try_decode_msg(&content.payload))?;
     Ok((record.from_id, message))
+}
+
+/// The library's arithmetic overflows on some damaged messages. It is checked in every build (see the workspace's profiles):
+/// unchecked it could read for ever.
+fn caught<T, E: std::fmt::Display>(what: &str, read: impl FnOnce() -> Result<T, E>) -> Result<T, DecodeError> {
+    match catch_unwind(AssertUnwindSafe(read)) {
+        Ok(Ok(value)) => Ok(value),
+        Ok(Err(error)) => Err(DecodeError::malformed(what, format!("{error:#}"))),
+        Err(_) => Err(DecodeError::malformed(what, "its lengths contradict each other")),
+    }
 }
 
 fn operation_id(key: &str) -> Result<OperationId, DecodeError> {

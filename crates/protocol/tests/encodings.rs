@@ -136,6 +136,16 @@ fn what_is_larger_than_the_broker_carries_is_not_read() {
     assert!(ProtocolName::Json.encoding().decode_report(&thing(), deep.as_bytes()).is_err());
 }
 
+/// Inner lengths that reach beyond the outer one: the library's arithmetic overflows there.
+#[test]
+fn lengths_that_contradict_each_other_are_malformed() {
+    let encoding = ProtocolName::Usp.encoding();
+    for bytes in [&[90, 1, 193, 0, 0, 0, 0][..], &[90, 1, 193, 0, 0, 0, 0, 0, 0, 0, 0, 0]] {
+        let error = encoding.decode_report(&thing(), bytes).unwrap_err();
+        assert_eq!(error.to_string(), "USP record: its lengths contradict each other");
+    }
+}
+
 proptest! {
     #[test]
     fn no_bytes_make_a_decoder_panic(bytes in proptest::collection::vec(any::<u8>(), 0..512), topic in ".{0,64}") {
