@@ -87,10 +87,12 @@ fn a_handler_can_be_tried() {
     assert_eq!((output.status.code(), stdout(&output).trim()), (Some(0), "57"), "{}", stderr(&output));
     let output = job("add", r#"{"a": 15}"#);
     assert_eq!(output.status.code(), Some(1));
-    assert_eq!(stdout(&output).trim(), r#"{"cause":"'b'","exception":"KeyError"}"#);
+    // The order of the fields depends on the libraries that are built with it.
+    let answer = |output: &Output| serde_json::from_str::<serde_json::Value>(&stdout(output)).expect("JSON");
+    assert_eq!(answer(&output), serde_json::json!({"exception": "KeyError", "cause": "'b'"}));
     let output = job("fail", "1");
     assert_eq!(output.status.code(), Some(1));
-    assert_eq!(stdout(&output).trim(), r#"{"cause":"exit code 3: why","exception":"ProgramFailed"}"#);
+    assert_eq!(answer(&output), serde_json::json!({"exception": "ProgramFailed", "cause": "exit code 3: why"}));
     let output = job("other", "1");
     assert_eq!(output.status.code(), Some(2));
     assert!(stderr(&output).contains("other is no handler: expected one of add, fail"), "{}", stderr(&output));
