@@ -6,6 +6,7 @@ Usage: GATEWAY_PORT=4566 python ministack_local.py
 import dynamic_thing_groups
 import job_retries
 import ministack.services.lambda_svc as lambda_svc
+import schedule_times
 import thing_versions
 from ministack.app import main
 
@@ -23,6 +24,7 @@ def sqs_concurrency(mapping, *arguments, **keywords):
 lambda_svc._sqs_esm_concurrency = sqs_concurrency
 dynamic_thing_groups.install()
 job_retries.install()
+schedule_times.install()
 thing_versions.install()
 
 if __name__ == "__main__":

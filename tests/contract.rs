@@ -33,6 +33,9 @@ fn template() -> Value {
     serde_json::to_value(untag(yaml)).expect("and has JSON's shape")
 }
 
+/// The tenants of the template.
+const TENANTS: [&str; 2] = ["tenant1", "tenant2"];
+
 fn resources(kind: &str) -> BTreeMap<String, Value> {
     let template = template();
     let resources = template["Resources"].as_object().expect("Resources");
@@ -119,7 +122,10 @@ fn contexts_meet_only_in_messages() {
             }
         }
     }
-    assert!(!read("device-simulator/Cargo.toml").contains("fleet"), "devices do not link the cloud");
+    for device_side in ["device-simulator", "crates/on-premises-worker", "crates/mqtt-connection"] {
+        assert!(!read(&format!("{device_side}/Cargo.toml")).contains("fleet"), "{device_side} does not link the cloud");
+    }
+    assert!(!read("crates/on-premises-worker/Cargo.toml").contains("aws-"), "the worker knows no AWS but the broker");
     assert!(!read("crates/protocol/Cargo.toml").contains("aws"), "messages know no AWS");
 }
 
@@ -255,6 +261,40 @@ fn only_things_report_on_updates() {
     assert_eq!(ours[0]["Condition"]["Bool"]["iot:Connection.Thing.IsAttached"], "true");
 }
 
+/// A tenant's workers reach that tenant's topics under that tenant's client ids, and nothing else.
+#[test]
+fn a_worker_reaches_its_own_tenant_only() {
+    use protocol::on_premises::{answers_topic, jobs_topic, replies_topic};
+    let worker = "worker-1".parse().expect("a worker");
+    for tenant in TENANTS.map(|name| name.parse::<protocol::Tenant>().expect("a tenant")) {
+        let name = format!("{}WorkerPolicy", tenant.as_str().replacen('t', "T", 1));
+        let policy = &resources("AWS::IoT::Policy")[&name]["Properties"]["PolicyDocument"];
+        let mut found = BTreeSet::new();
+        for statement in policy["Statement"].as_array().expect("statements") {
+            let mut resources = Vec::new();
+            texts(&statement["Resource"], &mut resources);
+            for resource in resources {
+                let name = resource.rsplit(':').next().expect("a name");
+                found.insert(format!("{} {name}", statement["Action"].as_str().expect("an action")));
+            }
+        }
+        let [jobs, replies] = [jobs_topic(&tenant), replies_topic(&tenant, &worker).replace("worker-1", "*")];
+        let expected = [
+            format!("iot:Connect client/{tenant}.*"),
+            format!("iot:Subscribe topicfilter/{jobs}"),
+            format!("iot:Subscribe topicfilter/{replies}"),
+            format!("iot:Receive topic/{jobs}"),
+            format!("iot:Receive topic/{replies}"),
+            format!("iot:Publish topic/{}", answers_topic(&tenant)),
+        ];
+        assert_eq!(found, BTreeSet::from(expected), "{tenant}");
+    }
+    let names =
+        read("template.yaml").lines().filter(|line| line.trim() == format!("TENANTS: {}", TENANTS.join(","))).count();
+    assert_eq!(names, 2, "publish-to-device and handle-device-response know all tenants");
+    assert!(protocol::Tenant::try_from("a.b".to_owned()).is_err(), "or a tenant could begin with another's client ids");
+}
+
 #[test]
 fn every_placeholder_of_a_state_machine_is_filled() {
     for machine in resources("AWS::Serverless::StateMachine").values() {
@@ -288,13 +328,20 @@ fn rules_listen_where_devices_speak() {
             let status: UpdateStatus = serde_json::from_value(status.into()).expect("a status of ours");
             heard.insert(format!("{status:?}"));
         }
+        if let Some(tenant) = protocol::on_premises::tenant_of_answer(filter) {
+            assert_eq!(name.to_lowercase(), format!("{tenant}answersrule"));
+            heard.insert(tenant.to_string());
+        }
         if let Ok((protocol, thing)) = protocol_of_topic(&filter.replacen('+', "gateway-1", 1).replace('+', "response"))
         {
             assert_eq!(thing.as_str(), "gateway-1", "{name}");
             heard.insert(protocol.to_string());
         }
     }
-    assert_eq!(heard, BTreeSet::from(["Failed", "Succeeded", "json", "settings", "usp"].map(str::to_owned)));
+    assert_eq!(
+        heard,
+        BTreeSet::from(["Failed", "Succeeded", "json", "settings", "tenant1", "tenant2", "usp"].map(str::to_owned))
+    );
 }
 
 #[test]
@@ -343,8 +390,8 @@ fn roles_allow_named_actions_on_named_resources() {
     }
     let everything = read("template.yaml").lines().filter(|line| line.trim() == "Resource: \"*\"").count();
     assert_eq!(
-        everything, 4,
-        "only log delivery (of three state machines) and the account's IoT settings know no resources"
+        everything, 5,
+        "only log delivery (of four state machines) and the account's IoT settings know no resources"
     );
 }
 
@@ -400,11 +447,13 @@ fn a_role_allows_what_its_function_calls_and_nothing_else() {
             &[
                 "SQSPollerPolicy on FailedUpdatesQueue.QueueName",
                 "SQSPollerPolicy on JobNotificationsQueue.QueueName",
+                "SQSPollerPolicy on JobSchedulesQueue.QueueName",
                 "SQSPollerPolicy on SessionsQueue.QueueName",
                 "SQSSendMessagePolicy on DeadLetterQueue.QueueName",
                 "states:StartExecution on ConfigPush",
                 "states:StartExecution on FailedUpdateRecovery",
                 "states:StartExecution on FirmwareUpgrade",
+                "states:StartExecution on OnPremisesJob",
             ],
         ),
         ("RetryCounterFunction", &["dynamodb:GetItem on RecoveryTable.Arn", "dynamodb:PutItem on RecoveryTable.Arn"]),
@@ -450,29 +499,53 @@ fn a_role_allows_what_its_function_calls_and_nothing_else() {
                 "SQSPollerPolicy on DeviceResponsesQueue.QueueName",
                 "SQSSendMessagePolicy on DeadLetterQueue.QueueName",
                 "dynamodb:GetItem on RendezvousTable.Arn",
+                "dynamodb:GetItem on WorkerJobsTable.Arn",
+                "dynamodb:PutItem on WorkerJobsTable.Arn",
                 "dynamodb:UpdateItem on RendezvousTable.Arn",
                 "dynamodb:UpdateItem on SettingsTable.Arn",
+                "iot:Publish on iot:topic/*/to/worker/*",
                 "iot:Publish on iot:topic/agents/*/usp/request/*",
+                "s3:GetObject on ${JobDataBucket.Arn}/*",
+                "s3:ListBucket on JobDataBucket.Arn",
+                "s3:PutObject on ${JobDataBucket.Arn}/*",
+                "sqs:ChangeMessageVisibility on Tenant1AnswersQueue.Arn",
+                "sqs:ChangeMessageVisibility on Tenant2AnswersQueue.Arn",
+                "sqs:DeleteMessage on Tenant1AnswersQueue.Arn",
+                "sqs:DeleteMessage on Tenant2AnswersQueue.Arn",
+                "sqs:GetQueueAttributes on Tenant1AnswersQueue.Arn",
+                "sqs:GetQueueAttributes on Tenant2AnswersQueue.Arn",
+                "sqs:ReceiveMessage on Tenant1AnswersQueue.Arn",
+                "sqs:ReceiveMessage on Tenant2AnswersQueue.Arn",
                 "states:SendTaskFailure on ConfigPush",
                 "states:SendTaskFailure on FirmwareUpgrade",
+                "states:SendTaskFailure on OnPremisesJob",
                 "states:SendTaskHeartbeat on FirmwareUpgrade",
+                "states:SendTaskHeartbeat on OnPremisesJob",
                 "states:SendTaskSuccess on ConfigPush",
                 "states:SendTaskSuccess on FirmwareUpgrade",
+                "states:SendTaskSuccess on OnPremisesJob",
             ],
         ),
         (
             "PublishToDeviceFunction",
             &[
+                "dynamodb:GetItem on WorkerJobsTable.Arn",
+                "dynamodb:PutItem on WorkerJobsTable.Arn",
                 "dynamodb:UpdateItem on RendezvousTable.Arn",
                 "dynamodb:UpdateItem on SettingsTable.Arn",
+                "iot:Publish on iot:topic/*/to/worker",
                 "iot:Publish on iot:topic/agents/*/usp/request/*",
                 "iot:Publish on iot:topic/devices/*/config_req",
                 "iot:Publish on iot:topic/devices/*/firmware_req",
                 "s3:GetObject on ${FirmwareBucket.Arn}/*",
+                "s3:GetObject on ${JobDataBucket.Arn}/*",
+                "s3:PutObject on ${JobDataBucket.Arn}/*",
                 "states:SendTaskFailure on ConfigPush",
                 "states:SendTaskFailure on FirmwareUpgrade",
+                "states:SendTaskFailure on OnPremisesJob",
                 "states:SendTaskSuccess on ConfigPush",
                 "states:SendTaskSuccess on FirmwareUpgrade",
+                "states:SendTaskSuccess on OnPremisesJob",
             ],
         ),
     ];

@@ -51,7 +51,7 @@ async fn go(
     let ended = cloud.ended_push(&arn).await;
     let entered = states(cloud, &ended).await;
     let found = match &path.end {
-        Ok(expected) => ended.output[outcome] == *expected,
+        Ok(expected) => ended.output.pointer(outcome).is_some_and(|value| value == *expected),
         Err((name, cause)) => ended.error.0 == *name && ended.error.1.contains(cause),
     };
     if found && entered == path.states {
@@ -105,7 +105,7 @@ async fn push(paths: Vec<Path>) {
         "GetSettings": [settings(&json!({"A": 1, "B": 2}))],
         "PushSettings": [result(&json!({}))],
     });
-    go_all("ConfigPushArn", json!({"thingName": "t", "connectedAt": 1}), good, paths, "status").await;
+    go_all("ConfigPushArn", json!({"thingName": "t", "connectedAt": 1}), good, paths, "/status").await;
 }
 
 #[tokio::test]
@@ -266,7 +266,7 @@ async fn every_way_through_a_firmware_upgrade() {
             Err((name, "the device said")),
         ));
     }
-    go_all("FirmwareUpgradeArn", input, good, paths, "outcome").await;
+    go_all("FirmwareUpgradeArn", input, good, paths, "/outcome").await;
 }
 
 #[tokio::test]
@@ -347,6 +347,50 @@ async fn every_way_through_the_recovery_of_a_failed_update() {
         }
     }
     let machine = "FailedUpdateRecoveryArn";
-    go_all(machine, input.clone(), parking, parkings, "outcome").await;
-    go_all(machine, input, quarantine, quarantines, "outcome").await;
+    go_all(machine, input.clone(), parking, parkings, "/outcome").await;
+    go_all(machine, input, quarantine, quarantines, "/outcome").await;
+}
+
+#[tokio::test]
+#[ignore = "needs the local cloud: cargo xtask test"]
+async fn every_way_through_a_job_on_premises() {
+    let input = json!({"tenant": "tenant1", "handler": "add", "a": 1});
+    let good = json!({"RunJob": [result(&json!({"result": 3}))]});
+    let way = || vec!["RunJob"];
+    let failed = || vec!["RunJob", "JobFailed"];
+    let silent = || error("States.HeartbeatTimeout", "");
+    let done = || result(&json!({"result": "done"}));
+    let killed = error("Runtime.ExitError", "signal: killed");
+    let long = "the job took longer than it may";
+    let silence = "no worker has given a sign of life; the job was sent four times";
+    let mut paths = vec![
+        one(
+            "RunJob",
+            vec![busy(), killed, error("Sandbox.Timedout", "after 10.00 seconds"), done()],
+            way(),
+            Ok("done"),
+        ),
+        one(
+            "RunJob",
+            vec![function_error("Throttled"), function_error("ServiceUnavailable"), done()],
+            way(),
+            Ok("done"),
+        ),
+        one("RunJob", vec![silent(), silent(), silent(), done()], way(), Ok("done")),
+        one("RunJob", vec![silent()], failed(), Err(("WorkerTimedOut", silence))),
+        one("RunJob", vec![timeout()], failed(), Err(("WorkerTimedOut", long))),
+        one("RunJob", vec![error("KeyError", "b is missing")], failed(), Err(("KeyError", "b is missing"))),
+        one("RunJob", vec![error("KeyError", "")], failed(), Err(("KeyError", ""))),
+        one("RunJob", vec![error("Worker.States.Timeout", "x")], failed(), Err(("Worker.States.Timeout", "x"))),
+        one(
+            "RunJob",
+            vec![error("Lambda.ResourceNotFoundException", "no")],
+            failed(),
+            Err(("ServiceError", "Lambda.ResourceNotFoundException")),
+        ),
+    ];
+    for name in ["InvalidInput", "ServiceError"] {
+        paths.push(one("RunJob", vec![function_error(name)], failed(), Err((name, "what the function said"))));
+    }
+    go_all("OnPremisesJobArn", input, good, paths, "/lambdaOutput/result").await;
 }

@@ -1,12 +1,12 @@
 //! One device: what it does with a command, from the first boot to the next, over every reboot and power cut.
 
-use crate::connection::{Connection, ConnectionSettings, Delivery};
 use crate::download::{self, Download, DownloadError, ImageFailure};
 use crate::fleet::{Context, EndedUpgrade, Outcome};
 use crate::now_milliseconds;
 use crate::settings::Answers;
 use crate::storage::{Operation, OperationPhase, Storage, StorageError};
 use crate::{CutPoint, Fault, Faults};
+use mqtt_connection::{Connection, ConnectionSettings, Delivery};
 use protocol::recovery::{UpdateReport, UpdateStatus};
 use protocol::settings::{self, SettingResponse};
 use protocol::{
@@ -792,7 +792,7 @@ mod tests {
         let context = Arc::new(fleet::context(options, slice::from_ref(&spec)).unwrap());
         let tls = ClientConfig::builder().with_root_certificates(RootCertStore::empty()).with_no_client_auth();
         let connection = ConnectionSettings {
-            thing: spec.thing.clone(),
+            client_id: spec.thing.to_string(),
             endpoint,
             tls: Arc::new(tls),
             filters: vec![],

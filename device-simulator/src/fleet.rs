@@ -1,10 +1,10 @@
 //! Many devices in one process, and what they have come to.
 
-use crate::connection::{ConnectionSettings, Endpoint, Trust};
 use crate::device::{Device, DeviceSpec, Phase};
 use crate::faults::FaultTiming;
 use crate::{download, install_crypto_provider};
 use ed25519_dalek::VerifyingKey;
+use mqtt_connection::{ConnectionSettings, Endpoint, Trust};
 use protocol::settings::{self, SettingCommand, SettingValue, Settings};
 use protocol::{ProtocolName, SettingName, ThingName};
 use serde::Serialize;
@@ -437,10 +437,11 @@ fn connection(
     handshakes: &Arc<Semaphore>,
 ) -> Result<ConnectionSettings, StartError> {
     let endpoint = context.options.endpoint.clone();
-    let tls = trust.of_device(&spec.certificates, endpoint.port).map_err(StartError::new)?;
+    let [certificate, key] = ["certificate.pem", "private.key"].map(|name| spec.certificates.join(name));
+    let tls = trust.of_client(&certificate, &key, endpoint.port).map_err(StartError::new)?;
     let context = Arc::clone(context);
     Ok(ConnectionSettings {
-        thing: spec.thing.clone(),
+        client_id: spec.thing.to_string(),
         endpoint,
         tls,
         filters: vec![spec.protocol.encoding().command_filter(&spec.thing), settings::request_topic(&spec.thing)],

@@ -4,7 +4,6 @@
 //! [`provision`] makes and removes their things, keys and certificates in the registry, and [`settings_api`] is a
 //! third party's server with their users' settings.
 
-mod connection;
 mod device;
 mod download;
 pub mod faults;
@@ -15,10 +14,10 @@ mod settings;
 pub mod settings_api;
 mod storage;
 
-pub use connection::Endpoint;
 pub use device::{DeviceSpec, Phase, UnreadableFolder};
 pub use faults::{CutPoint, Fault, FaultTiming, Faults};
 pub use fleet::{DeviceUpdate, EndedUpgrade, FailingUpdates, Fleet, FleetOptions, Outcome, StartError};
+pub use mqtt_connection::Endpoint;
 
 /// Chooses the TLS implementation of this process. Every entry point calls it; only the first call counts.
 pub(crate) fn install_crypto_provider() {

@@ -2,17 +2,21 @@
 
 mod cloud;
 mod crash;
+mod enforcing_broker;
 mod mqtt_device;
 mod pushes;
 mod recoveries;
 mod scripted_device;
+mod workers;
 
 pub use cloud::{Cloud, Ended, Image, kill_functions, names, with_faults};
 pub use crash::{Crash, crashing};
+pub use enforcing_broker::{Attempt, Credential, EnforcingBroker};
 pub use mqtt_device::MqttDevice;
 pub use pushes::{Pushed, settings_api};
 pub use recoveries::ORIGINAL;
 pub use scripted_device::ScriptedDevice;
+pub use workers::{PlainWorker, WorkerProcess, alone, await_job};
 
 /// How long a test waits for something that must happen before it says that it did not.
 pub const PATIENCE: std::time::Duration = std::time::Duration::from_mins(5);

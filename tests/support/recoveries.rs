@@ -62,7 +62,7 @@ impl Cloud {
 
     /// What is known of a device.
     pub async fn recovery(&self, thing: &ThingName) -> Device {
-        self.recovery_table().get(thing).await.expect("the item")
+        self.recovery_table().get(thing.as_str()).await.expect("the item")
     }
 
     /// Waits until that is so of what is known of a device.

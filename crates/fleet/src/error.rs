@@ -49,6 +49,10 @@ pub enum ErrorName {
     InvalidSettings,
     /// The device did not take over at least one of its settings.
     SettingFailed,
+    /// No worker on premises has answered, or shown a sign of life, within a job's deadlines.
+    WorkerTimedOut,
+    /// A worker's result is not where the worker said that it has put it.
+    ResultMissing,
     /// The device has come online anew, and that session's workflow brings it its settings.
     SessionSuperseded,
     /// The job execution was cancelled, removed or rejected while its workflow ran.
@@ -67,7 +71,7 @@ pub enum ErrorName {
 
 impl ErrorName {
     /// Every name.
-    pub const ALL: [Self; 27] = [
+    pub const ALL: [Self; 29] = [
         Self::InvalidInput,
         Self::MalformedMessage,
         Self::SenderMismatch,
@@ -88,6 +92,8 @@ impl ErrorName {
         Self::SettingsApiUnavailable,
         Self::InvalidSettings,
         Self::SettingFailed,
+        Self::WorkerTimedOut,
+        Self::ResultMissing,
         Self::SessionSuperseded,
         Self::JobCanceled,
         Self::JobTimedOut,
@@ -120,6 +126,8 @@ impl ErrorName {
             Self::SettingsApiUnavailable => "SettingsApiUnavailable",
             Self::InvalidSettings => "InvalidSettings",
             Self::SettingFailed => "SettingFailed",
+            Self::WorkerTimedOut => "WorkerTimedOut",
+            Self::ResultMissing => "ResultMissing",
             Self::SessionSuperseded => "SessionSuperseded",
             Self::JobCanceled => "JobCanceled",
             Self::JobTimedOut => "JobTimedOut",

@@ -8,6 +8,7 @@ pub mod aws;
 pub mod config;
 pub mod devices;
 pub mod error;
+pub mod item_table;
 pub mod jobs;
 pub mod lambda;
 pub mod queue;

@@ -43,12 +43,16 @@ impl Tasks {
                 let sent = self.client.send_task_success().task_token(token).output(output.to_string()).send().await;
                 outcome("states:SendTaskSuccess", sent)
             }
-            Err(failure) => {
-                let cause: String = failure.message.chars().take(MAX_CAUSE_CHARACTERS).collect();
-                let sent = self.client.send_task_failure().task_token(token).error(failure.name.as_str()).cause(cause);
-                outcome("states:SendTaskFailure", sent.send().await)
-            }
+            Err(failure) => self.fail(token, failure.name.as_str(), &failure.message).await,
         }
+    }
+
+    /// Ends a task with a failure that others have named: `Applied`, or `Late` if it has ended already. A cause that is too
+    /// long for Step Functions is cut.
+    pub async fn fail(&self, token: &str, error: &str, cause: &str) -> Result<Outcome, Error> {
+        let cause: String = cause.chars().take(MAX_CAUSE_CHARACTERS).collect();
+        let sent = self.client.send_task_failure().task_token(token).error(error).cause(cause).send().await;
+        outcome("states:SendTaskFailure", sent)
     }
 
     /// Begins a task's deadline anew: `Applied`, or `Late` if it has ended already.

@@ -83,6 +83,22 @@ id! {
     SettingName, "setting name", 40, "a-z A-Z 0-9 _", "_"
 }
 
+id! {
+    /// A customer whose workers run jobs on premises. It is the first level of topics and the beginning of its workers'
+    /// client ids, so it has no punctuation.
+    Tenant, "tenant", 32, "a-z A-Z 0-9", ""
+}
+
+id! {
+    /// A worker on premises; of all those of its tenant no other has this name.
+    WorkerName, "worker name", 64, "a-z A-Z 0-9 _ -", "_-"
+}
+
+id! {
+    /// What a worker can do with a job, such as `add`.
+    HandlerName, "handler name", 64, "a-z A-Z 0-9 _ -", "_-"
+}
+
 impl OperationId {
     /// The operation by which a job execution upgrades its device. A retried execution has a new number,
     /// and so never meets an answer to an earlier one.

@@ -1,14 +1,15 @@
 //! What crosses a process boundary: ids, topics, commands, responses, job documents, domain events,
 //! and the two device encodings.
 //!
-//! No AWS and no I/O in here: the cloud (`fleet`), the devices (`device-simulator`) and the tests share
-//! these types and nothing else.
+//! No AWS and no I/O in here: the cloud (`fleet`), the devices (`device-simulator`), workers on premises
+//! (`on-premises-worker`) and the tests share these types and nothing else.
 
 mod device;
 pub mod events;
 mod ids;
 pub mod job;
 mod json;
+pub mod on_premises;
 mod operation;
 mod presence;
 pub mod recovery;
@@ -19,7 +20,7 @@ pub use device::{
     Acknowledgement, DecodeError, DeviceProtocol, MAX_PAYLOAD_BYTES, Publication, Received, ReceivedCommand, ReplyTo,
     protocol_of_topic,
 };
-pub use ids::{InvalidId, JobId, OperationId, SettingName, ThingName};
+pub use ids::{HandlerName, InvalidId, JobId, OperationId, SettingName, Tenant, ThingName, WorkerName};
 pub use operation::{Command, DeviceEvent, DeviceFailure, Firmware, Report, Response, Step, StepOutcome};
 pub use presence::{Presence, PresenceEvent, PresenceKind};
 

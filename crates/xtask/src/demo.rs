@@ -3,6 +3,7 @@
 mod config;
 mod faults;
 mod firmware;
+mod on_premises;
 mod recovery;
 
 use std::collections::BTreeMap;
@@ -56,6 +57,8 @@ enum Workflow {
     Config,
     /// A device that cannot update itself is parked, restored, quarantined and released.
     Recovery,
+    /// Two workers of a tenant run jobs, and one takes over when the other is killed.
+    OnPremises,
 }
 
 /// The protocols of the simulated devices.
@@ -83,26 +86,32 @@ pub(crate) fn demo(project: &Project, options: &DemoOptions) -> Result<()> {
         Workflow::Firmware => firmware::demo(project, options),
         Workflow::Config => config::demo(project, options),
         Workflow::Recovery => recovery::demo(project, options),
+        Workflow::OnPremises => on_premises::demo(project, options),
     }
 }
 
 /// Builds the simulator; the rest of the demonstration would be in vain without it.
 fn simulator(project: &Project) -> Result<PathBuf> {
+    program(project, "device-simulator")
+}
+
+/// Builds the program of a package of the same name.
+fn program(project: &Project, package: &str) -> Result<PathBuf> {
     let logs = project.state();
     fs::create_dir_all(&logs)?;
     let mut build = project.command("cargo");
-    build.args(["build", "--package", "device-simulator", "--message-format", "json-render-diagnostics"]);
+    build.args(["build", "--package", package, "--message-format", "json-render-diagnostics"]);
     let step = Step::start(format!("$ {}", project.line(&build)));
-    let log = logs.join("simulator-build.log");
-    let messages = project.processes.output("`cargo build --package device-simulator`", &mut build, &log)?;
+    let log = logs.join(format!("{package}-build.log"));
+    let messages = project.processes.output(&format!("`cargo build --package {package}`"), &mut build, &log)?;
     step.done();
     // Cargo knows where its target folder is, whatever the settings.
     messages
         .lines()
         .filter_map(|line| serde_json::from_str::<Value>(line).ok())
-        .filter(|message| message["target"]["name"] == "device-simulator")
+        .filter(|message| message["target"]["name"] == package)
         .find_map(|message| message["executable"].as_str().map(PathBuf::from))
-        .context("Cargo has built no program named device-simulator")
+        .with_context(|| format!("Cargo has built no program named {package}"))
 }
 
 /// The deployed stack, and the simulator of its devices.

@@ -250,6 +250,12 @@ impl Process {
         }
     }
 
+    /// Kills the process without a warning, as a power cut does.
+    pub(crate) fn kill(&self) {
+        self.state.stopping.store(true, Ordering::SeqCst);
+        let _ = kill(self.pid, Signal::SIGKILL);
+    }
+
     /// Lets the process outlive this program.
     pub(crate) fn leave(mut self) {
         self.state.stopping.store(true, Ordering::SeqCst);

@@ -25,6 +25,10 @@ const TEST_PARAMETERS: &[(&str, &str)] = &[
     ("RebootTimeoutSeconds", STEP_TIMEOUT_SECONDS),
     ("SettingTimeoutSeconds", "15"),
     ("ParkingSeconds", "30"),
+    ("WorkerTimeoutSeconds", "75"),
+    ("WorkerHeartbeatSeconds", "45"),
+    ("WorkerLeaseSeconds", "15"),
+    ("MaxResultBytes", "2097152"),
     ("SettlingSeconds", "3"),
 ];
 

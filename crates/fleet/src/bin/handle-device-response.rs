@@ -1,6 +1,6 @@
 //! `HandleDeviceResponseFunction`
 
-use fleet::devices::{handle_device_response, settings::SettingsTable};
+use fleet::devices::{handle_device_response, settings::SettingsTable, worker_jobs::WorkerJobs};
 use fleet::{aws, config, lambda, queue::DeadLetters, workflows::rendezvous::Rendezvous};
 
 #[tokio::main(flavor = "current_thread")]
@@ -12,6 +12,7 @@ async fn main() -> Result<(), lambda_runtime::Error> {
         sns: aws_sdk_sns::Client::new(&aws),
         events_topic_arn: config::required("EVENTS_TOPIC_ARN")?,
         mqtt: aws_sdk_iotdataplane::Client::new(&aws),
+        worker_jobs: WorkerJobs::from_environment(&aws)?,
     };
     let dead_letters = DeadLetters::from_environment(&aws)?;
     let handle = move |body: String| async move { handle_device_response::handle(adapters, &body).await };

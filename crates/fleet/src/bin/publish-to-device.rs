@@ -1,6 +1,6 @@
 //! `PublishToDeviceFunction`
 
-use fleet::devices::{publish_to_device, settings::SettingsTable};
+use fleet::devices::{publish_to_device, settings::SettingsTable, worker_jobs::WorkerJobs};
 use fleet::{aws, config, lambda, workflows::rendezvous::Rendezvous};
 
 #[tokio::main(flavor = "current_thread")]
@@ -12,6 +12,7 @@ async fn main() -> Result<(), lambda_runtime::Error> {
         mqtt: aws_sdk_iotdataplane::Client::new(&aws),
         s3: aws_sdk_s3::Client::new(&aws),
         firmware_bucket: config::required("FIRMWARE_BUCKET")?,
+        worker_jobs: WorkerJobs::from_environment(&aws)?,
     };
     lambda::run(move |input| publish_to_device::handle(adapters, input)).await
 }

@@ -10,6 +10,7 @@ async fn main() -> Result<(), lambda_runtime::Error> {
         firmware_upgrade_arn: config::required("FIRMWARE_UPGRADE_ARN")?,
         config_push_arn: config::required("CONFIG_PUSH_ARN")?,
         failed_update_recovery_arn: config::required("FAILED_UPDATE_RECOVERY_ARN")?,
+        on_premises_job_arn: config::required("ON_PREMISES_JOB_ARN")?,
     };
     let dead_letters = DeadLetters::from_environment(&aws)?;
     lambda::run_queue(&dead_letters, move |body| async move { start_workflow::handle(adapters, &body).await }).await

@@ -1,11 +1,13 @@
-//! What a device says: decoded, then brought to the step that it answers, or told to whoever listens.
+//! What a device or a worker says: decoded, then brought to the step that it answers, or told to whoever listens.
 
 use super::settings::SettingsTable;
+use super::worker_jobs::WorkerJobs;
 use crate::error::{aws, unbuilt};
 use crate::queue::MqttMessage;
 use crate::workflows::rendezvous::{Answer, Operation, Rendezvous};
 use crate::{Error, ErrorName};
 use protocol::events::{DeviceBooted, EventType};
+use protocol::on_premises::tenant_of_answer;
 use protocol::settings::{SettingResponse, thing_of_response};
 use protocol::{
     Acknowledgement, DeviceEvent, DeviceFailure, Report, Response, Step, StepOutcome, ThingName, protocol_of_topic,
@@ -24,6 +26,8 @@ pub struct Adapters {
     pub events_topic_arn: String,
     /// Carries the acknowledgements that devices ask for.
     pub mqtt: aws_sdk_iotdataplane::Client,
+    /// Where answers of workers on premises go.
+    pub worker_jobs: WorkerJobs,
 }
 
 /// Handles one queued message. Fails with `MalformedMessage` if it cannot be read.
@@ -31,6 +35,9 @@ pub async fn handle(adapters: &Adapters, body: &str) -> Result<(), Error> {
     let message = MqttMessage::parse(body)?;
     if let Some(thing) = thing_of_response(&message.topic) {
         return apply_setting(adapters, &thing, &SettingResponse::decode(&message.payload()?)?).await;
+    }
+    if let Some(tenant) = tenant_of_answer(&message.topic) {
+        return adapters.worker_jobs.hear(&tenant, &message.payload()?).await;
     }
     let (protocol, thing) = protocol_of_topic(&message.topic)?;
     let received = protocol.encoding().decode_report(&thing, &message.payload()?)?;

@@ -1,4 +1,5 @@
-//! How to talk to devices: commands, what they say, presence, settings, the account's IoT settings.
+//! How to talk to devices and to workers on premises: commands, what they say, presence, settings, jobs, the account's IoT
+//! settings.
 
 pub mod configure_iot;
 pub mod get_device_settings;
@@ -7,3 +8,5 @@ pub mod presence;
 pub mod publish_to_device;
 pub mod settings;
 mod settings_api;
+mod worker_job;
+pub mod worker_jobs;

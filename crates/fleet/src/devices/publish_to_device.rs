@@ -1,6 +1,7 @@
-//! Sends a command to a device. The token of the state that waits for the answer is stored first.
+//! Sends a command to a device, or a job to workers on premises. The token of the state that waits for the answer is stored first.
 
 use super::settings::{Push, SettingsTable};
+use super::worker_jobs::{Order, WorkerJobs};
 use crate::aws::now_millis;
 use crate::error::aws;
 use crate::tasks::Outcome;
@@ -11,8 +12,9 @@ use aws_sdk_s3::presigning::PresigningConfig;
 use futures_util::future::try_join_all;
 use protocol::job::Artifact;
 use protocol::settings::{SettingCommand, Settings, operation_of};
-use protocol::{Command, Firmware, OperationId, ProtocolName, Publication, Step, ThingName};
+use protocol::{Command, Firmware, HandlerName, OperationId, ProtocolName, Publication, Step, Tenant, ThingName};
 use serde::Deserialize;
+use serde_json::Value;
 use std::time::Duration;
 
 /// Seven days, the most that a signature of version 4 allows; also the longest timer of a job.
@@ -31,17 +33,19 @@ pub struct Adapters {
     pub s3: aws_sdk_s3::Client,
     /// The stack's firmware bucket.
     pub firmware_bucket: String,
+    /// Jobs of workers on premises.
+    pub worker_jobs: WorkerJobs,
 }
 
 /// What a state machine asks for.
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Input {
-    /// The device.
-    pub thing_name: ThingName,
+    /// The device; none for a job, which is for whichever worker takes it.
+    pub thing_name: Option<ThingName>,
     /// The operation.
     pub operation_id: OperationId,
-    /// What it shall do.
+    /// What shall be done.
     pub command: CommandInput,
 }
 
@@ -76,17 +80,34 @@ pub enum CommandInput {
         /// The settings, at least one.
         settings: Settings,
     },
+    /// Run a job on premises; a state waits for its result.
+    RunJob {
+        /// Whose workers.
+        tenant: Tenant,
+        /// What shall be done; each worker has a default.
+        #[serde(default)]
+        handler: Option<HandlerName>,
+        /// How the state waits.
+        wait: Wait,
+        /// What with: an object.
+        input: Value,
+    },
 }
 
 /// Publishes the command, unless its answer is there already.
 pub async fn handle(adapters: &Adapters, input: Input) -> Result<(), Error> {
-    let operation = Operation::new(&input.thing_name, &input.operation_id);
-    let operation_id = input.operation_id;
-    match input.command {
+    let Input { thing_name, operation_id, command } = input;
+    let operation = || match &thing_name {
+        Some(thing) => Ok(Operation::new(thing, &operation_id)),
+        None => Err(Error::invalid("thingName", "nothing", "the device's name")),
+    };
+    match command {
         CommandInput::CancelDownload { protocol } => {
-            send(adapters, &operation, protocol, &Command::CancelDownload { operation_id }).await
+            let command = Command::CancelDownload { operation_id: operation_id.clone() };
+            send(adapters, &operation()?, protocol, &command).await
         }
         CommandInput::DownloadFirmware { protocol, wait, firmware_version, artifact, url_lifetime_seconds } => {
+            let operation = operation()?;
             let lifetime = Duration::from_secs(url_lifetime_seconds.min(LONGEST_LIFETIME_SECONDS));
             let firmware = firmware(adapters, firmware_version, *artifact, lifetime).await?;
             let outcome = adapters.rendezvous.expect(&operation, Step::DownloadStarted, &wait).await?;
@@ -98,11 +119,16 @@ pub async fn handle(adapters: &Adapters, input: Input) -> Result<(), Error> {
             send(adapters, &operation, protocol, &Command::Download { operation_id, firmware }).await
         }
         CommandInput::ApplySettings { wait, connected_at, settings } => {
+            let operation = operation()?;
             if settings.is_empty() {
                 return Err(Error::invalid("settings", "none", "at least one"));
             }
             apply_settings(adapters, &operation, &Push::new(operation_id, connected_at, wait, settings)).await
         }
+        CommandInput::RunJob { tenant, handler, wait, input: Value::Object(input) } => {
+            adapters.worker_jobs.dispatch(&Order { tenant, operation: operation_id, handler, wait, input }).await
+        }
+        CommandInput::RunJob { input, .. } => Err(Error::invalid("input", input, "an object")),
     }
 }
 

@@ -10,7 +10,8 @@ pub async fn handle(registry: &Registry, body: &str) -> Result<(), Error> {
     let message = MqttMessage::parse(body)?;
     let (report, received_at) = message.update_report()?;
     let thing = &report.thing_name;
-    let (device, outcome) = registry.table.change(thing, |device| device.succeed(received_at, now_seconds())).await?;
+    let (device, outcome) =
+        registry.table.change(thing.as_str(), |device| device.succeed(received_at, now_seconds())).await?;
     // Whatever the outcome: an earlier delivery of this message may have been broken off here.
     if device.held.is_some() {
         registry.reconcile(thing).await?;

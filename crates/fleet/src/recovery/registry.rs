@@ -38,7 +38,7 @@ impl Registry {
         for _ in 0..STEPS {
             // In this order: see `next_step`.
             let registered = self.read(thing).await?;
-            let device = self.table.get(thing).await?;
+            let device = self.table.get(thing.as_str()).await?;
             match (device.next_step(&registered), &device.held) {
                 (Step::Done, _) | (_, None) => {
                     let changed_by_operator = device.changed_by_operator(&registered);
@@ -57,9 +57,9 @@ impl Registry {
         match step {
             Step::Done => Ok(()),
             Step::Keep(attributes) => {
-                self.table.change(thing, |device| device.keep(operation, &attributes)).await.map(|_| ())
+                self.table.change(thing.as_str(), |device| device.keep(operation, &attributes)).await.map(|_| ())
             }
-            Step::Mark => self.table.change(thing, |device| device.mark(operation)).await.map(|_| ()),
+            Step::Mark => self.table.change(thing.as_str(), |device| device.mark(operation)).await.map(|_| ()),
             Step::Update { attributes, version } => self.update(thing, attributes, version).await,
         }
     }

@@ -136,7 +136,7 @@ impl Adapters {
     }
 
     async fn restore(&self, thing: &ThingName, operation: &OperationId) -> Result<Done, Error> {
-        let (_, is_restored) = self.registry.table.change(thing, |device| device.restore(operation)).await?;
+        let (_, is_restored) = self.registry.table.change(thing.as_str(), |device| device.restore(operation)).await?;
         let reconciled = self.registry.reconcile(thing).await?;
         Ok(done(thing, if is_restored { Outcome::Restored } else { Outcome::NotParked }, reconciled))
     }
@@ -152,7 +152,7 @@ impl Adapters {
 
     async fn release(&self, thing: &ThingName) -> Result<Done, Error> {
         let rule = |device: &mut Device| (device.phase != Phase::Active, device.release(now_millis()));
-        let (_, (was_held, was_known)) = self.registry.table.change(thing, rule).await?;
+        let (_, (was_held, was_known)) = self.registry.table.change(thing.as_str(), rule).await?;
         // In any case: an earlier release may have been broken off here.
         self.leave_failed_group(thing).await?;
         let mut reconciled = self.registry.reconcile(thing).await?;

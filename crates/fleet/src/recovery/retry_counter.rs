@@ -35,7 +35,7 @@ pub struct Output {
 pub async fn handle(adapters: &Adapters, failure: Failure) -> Result<Output, Error> {
     let Limits { attempts, cycles } = adapters.limits;
     let (device, counted) =
-        adapters.table.change(&failure.thing_name, |device| device.fail(&failure, adapters.limits)).await?;
+        adapters.table.change(failure.thing_name.as_str(), |device| device.fail(&failure, adapters.limits)).await?;
     tracing::info!(
         thing = failure.thing_name.as_str(),
         operation = failure.operation_id.as_str(),

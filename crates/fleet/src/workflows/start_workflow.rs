@@ -1,5 +1,5 @@
-//! A job has reached a device, a device has come online, or has failed to update itself: starts the workflow that is
-//! due, once.
+//! A job has reached a device, a device has come online or has failed to update itself, or a schedule is due: starts the
+//! workflow, once.
 
 use crate::error::{aws, code, unbuilt};
 use crate::queue::MqttMessage;
@@ -8,6 +8,8 @@ use protocol::job::{JobDocument, NextExecution, NotifyNext, UpgradeInput, Workfl
 use protocol::recovery::{Failure, UPDATE_REPORTS_TOPIC, UpdateReport};
 use protocol::settings::ConfigPushInput;
 use protocol::{InvalidId, OperationId, PresenceEvent, ThingName};
+use serde::Deserialize;
+use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
 /// What the handler reaches.
@@ -21,6 +23,8 @@ pub struct Adapters {
     pub config_push_arn: String,
     /// The state machine that takes care of devices that cannot update themselves.
     pub failed_update_recovery_arn: String,
+    /// The state machine that runs jobs on premises.
+    pub on_premises_job_arn: String,
 }
 
 /// An execution to start, once.
@@ -31,20 +35,41 @@ struct Start<'a> {
     input: Result<String, serde_json::Error>,
 }
 
-/// Handles one queued message of the broker: a job that has reached its device, a device that has come online, or a
-/// report of a failed update. A repeat starts nothing; a job that is not ours is left alone.
+/// A schedule that is due, as `JobScheduleResource` of the template puts it into a queue.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct Scheduled {
+    /// As `EventBridge` Scheduler says it: the same when it says it twice.
+    scheduled_time: String,
+    input: Map<String, Value>,
+}
+
+/// Handles one queued message: of the broker (a job that has reached its device, a device that has come online, or a
+/// report of a failed update), or of a schedule. A repeat starts nothing; a job that is not ours is left alone.
 pub async fn handle(adapters: &Adapters, body: &str) -> Result<(), Error> {
-    let message = MqttMessage::parse(body)?;
-    let start = if message.topic.starts_with("$aws/events/presence/") {
-        of_session(adapters, &message.json()?)?
-    } else if message.topic == UPDATE_REPORTS_TOPIC {
-        let (report, received_at) = message.update_report()?;
-        of_failure(adapters, report, received_at)?
-    } else {
-        let thing = thing_of_topic(&message.topic)?;
-        let Some(start) = of_job(adapters, thing, message.json()?)? else { return Ok(()) };
-        start
+    let start = match serde_json::from_str::<Scheduled>(body) {
+        Ok(scheduled) => Some(of_schedule(adapters, &scheduled)),
+        Err(_) => of_message(adapters, &MqttMessage::parse(body)?)?,
     };
+    match start {
+        Some(start) => begin(adapters, start).await,
+        None => Ok(()),
+    }
+}
+
+/// What a message of the broker starts, if anything.
+fn of_message<'a>(adapters: &'a Adapters, message: &MqttMessage) -> Result<Option<Start<'a>>, Error> {
+    if message.topic.starts_with("$aws/events/presence/") {
+        return of_session(adapters, &message.json()?).map(Some);
+    }
+    if message.topic == UPDATE_REPORTS_TOPIC {
+        let (report, received_at) = message.update_report()?;
+        return of_failure(adapters, report, received_at).map(Some);
+    }
+    of_job(adapters, thing_of_topic(&message.topic)?, message.json()?)
+}
+
+async fn begin(adapters: &Adapters, start: Start<'_>) -> Result<(), Error> {
     let name = execution_name(&start.key);
     let input = start.input.map_err(unbuilt)?;
     let request = adapters.step_functions.start_execution().state_machine_arn(start.state_machine);
@@ -55,6 +80,12 @@ pub async fn handle(adapters: &Adapters, body: &str) -> Result<(), Error> {
     };
     tracing::info!(execution = name, state_machine = start.state_machine, outcome);
     Ok(())
+}
+
+/// The job on premises that is due.
+fn of_schedule<'a>(adapters: &'a Adapters, scheduled: &Scheduled) -> Start<'a> {
+    let key = ["scheduled".to_owned(), "job".to_owned(), scheduled.scheduled_time.clone()];
+    Start { state_machine: &adapters.on_premises_job_arn, key, input: serde_json::to_string(&scheduled.input) }
 }
 
 /// The workflow of a job execution, by the job's document.
@@ -180,8 +211,35 @@ mod tests {
             firmware_upgrade_arn: "arn:state-machine".into(),
             config_push_arn: "arn:config-push".into(),
             failed_update_recovery_arn: "arn:recovery".into(),
+            on_premises_job_arn: "arn:on-premises".into(),
         };
         (handle(&adapters, &message(document)).await, start.num_calls())
+    }
+
+    #[tokio::test]
+    async fn a_schedule_starts_its_job_under_the_name_of_its_time() {
+        let start = mock!(aws_sdk_sfn::Client::start_execution)
+            .match_requests(|request| {
+                request.state_machine_arn() == Some("arn:on-premises")
+                    && request.input() == Some(r#"{"a":15,"b":42}"#)
+                    && request.name().unwrap().starts_with("scheduled-job-2026-11-24T03_00_00Z-")
+            })
+            .then_error(|| {
+                let already = aws_sdk_sfn::error::ErrorMetadata::builder().code("ExecutionAlreadyExists");
+                StartExecutionError::generic(already.build())
+            });
+        let adapters = Adapters {
+            step_functions: mock_client!(aws_sdk_sfn, [&start]),
+            firmware_upgrade_arn: String::new(),
+            config_push_arn: String::new(),
+            failed_update_recovery_arn: String::new(),
+            on_premises_job_arn: "arn:on-premises".into(),
+        };
+        let body = r#"{"scheduledTime":"2026-11-24T03:00:00Z","input":{"a":15,"b":42}}"#;
+        assert_eq!(handle(&adapters, body).await, Ok(()));
+        assert_eq!(start.num_calls(), 1);
+        let broken = handle(&adapters, r#"{"scheduledTime":"2026-11-24T03:00:00Z","input":7}"#).await;
+        assert_eq!(broken.unwrap_err().name, ErrorName::MalformedMessage);
     }
 
     #[tokio::test]

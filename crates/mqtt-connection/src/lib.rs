@@ -1,7 +1,10 @@
-//! A device's MQTT connection: mutual TLS, a persistent session, and messages that count as sent only once
-//! the broker has acknowledged them.
+//! The MQTT connection of a device or a worker: mutual TLS, a persistent session, and messages that count as sent only
+//! once the broker has acknowledged them.
 
-use protocol::{Publication, ThingName};
+mod endpoint;
+
+pub use endpoint::Endpoint;
+use protocol::Publication;
 use rand::RngExt;
 use rumqttc::{
     AsyncClient, Event, EventLoop, MqttOptions, Outgoing, Packet, Publish, QoS, SubscribeFilter, SubscribeReasonCode,
@@ -13,7 +16,6 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::{ClientConfig, RootCertStore};
 use std::collections::VecDeque;
 use std::path::Path;
-use std::str::FromStr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
@@ -28,51 +30,18 @@ const REQUESTS: usize = 1024;
 /// Packets a little larger than the largest payload that the broker carries.
 const PACKET_BYTES: usize = protocol::MAX_PAYLOAD_BYTES + 4096;
 
-/// Where the broker is.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Endpoint {
-    /// Name or address, without a scheme.
-    pub host: String,
-    /// 8883 unless given.
-    pub port: u16,
-}
-
-impl FromStr for Endpoint {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let (host, port) = match text.rsplit_once(':') {
-            None => (text, 8883),
-            Some((host, port)) => match port.parse() {
-                Ok(port) => (host, port),
-                Err(_) => return Err(format!("{text:?} is no endpoint: expected HOST or HOST:PORT")),
-            },
-        };
-        if host.is_empty() || host.contains(['/', ' ']) {
-            return Err(format!("{text:?} is no endpoint: expected HOST or HOST:PORT, without a scheme"));
-        }
-        Ok(Self { host: host.to_owned(), port })
-    }
-}
-
-impl std::fmt::Display for Endpoint {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}:{}", self.host, self.port)
-    }
-}
-
 /// A certificate or key that cannot be used, or the lack of one.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
-pub(crate) struct TlsError(String);
+pub struct TlsError(String);
 
 /// The certificate authorities that a broker's certificate may come from.
 #[derive(Debug, Clone)]
-pub(crate) struct Trust(Arc<RootCertStore>);
+pub struct Trust(Arc<RootCertStore>);
 
 impl Trust {
     /// The authorities in a PEM file, or those of the operating system. Fails with a sentence if there are none.
-    pub(crate) fn new(ca: Option<&Path>) -> Result<Self, String> {
+    pub fn new(ca: Option<&Path>) -> Result<Self, String> {
         let mut roots = RootCertStore::empty();
         let (certificates, origin) = match ca {
             Some(file) => (read_certificates(file).map_err(|error| error.0)?, file.display().to_string()),
@@ -80,20 +49,19 @@ impl Trust {
         };
         roots.add_parsable_certificates(certificates);
         if roots.is_empty() {
-            return Err(format!("{origin} holds no CA certificate: give one with --ca"));
+            return Err(format!("{origin} holds no CA certificate: give a file with one"));
         }
         Ok(Self(Arc::new(roots)))
     }
 
-    /// The TLS settings of a device whose folder holds `certificate.pem` and `private.key`.
-    pub(crate) fn of_device(&self, folder: &Path, port: u16) -> Result<Arc<ClientConfig>, TlsError> {
-        let certificates = read_certificates(&folder.join("certificate.pem"))?;
-        let file = folder.join("private.key");
-        let key = PrivateKeyDer::from_pem_file(&file).map_err(|error| unreadable(&file, &error))?;
+    /// The TLS settings of a client with that certificate and key, both PEM files.
+    pub fn of_client(&self, certificate: &Path, key: &Path, port: u16) -> Result<Arc<ClientConfig>, TlsError> {
+        let certificates = read_certificates(certificate)?;
+        let private_key = PrivateKeyDer::from_pem_file(key).map_err(|error| unreadable(key, &error))?;
         let mut config = ClientConfig::builder()
             .with_root_certificates(Arc::clone(&self.0))
-            .with_client_auth_cert(certificates, key)
-            .map_err(|error| unreadable(&file, &error))?;
+            .with_client_auth_cert(certificates, private_key)
+            .map_err(|error| unreadable(key, &error))?;
         // A device that reboots has forgotten its TLS sessions, and thousands of them need not be kept.
         config.resumption = Resumption::disabled();
         if port == 443 {
@@ -112,43 +80,48 @@ fn unreadable(file: &Path, error: &dyn std::fmt::Display) -> TlsError {
     TlsError(format!("{} cannot be used: {error}", file.display()))
 }
 
-/// What a device needs to connect, the same for its whole life.
-pub(crate) struct ConnectionSettings {
-    pub(crate) thing: ThingName,
-    pub(crate) endpoint: Endpoint,
-    pub(crate) tls: Arc<ClientConfig>,
+/// What a client needs to connect, the same for its whole life.
+pub struct ConnectionSettings {
+    /// The client id: a device's is its thing's name.
+    pub client_id: String,
+    /// The broker.
+    pub endpoint: Endpoint,
+    /// How to trust the broker, and to be trusted.
+    pub tls: Arc<ClientConfig>,
     /// What it subscribes to, at `QoS` 1.
-    pub(crate) filters: Vec<String>,
+    pub filters: Vec<String>,
     /// Bounds how many devices of the process shake hands at the same time.
-    pub(crate) handshakes: Arc<Semaphore>,
+    pub handshakes: Arc<Semaphore>,
     /// Told of every attempt that fails.
-    pub(crate) on_failure: Box<dyn Fn(&str) + Send + Sync>,
+    pub on_failure: Box<dyn Fn(&str) + Send + Sync>,
 }
 
 /// A message from the broker that it keeps until [`Delivery::acknowledge`].
-pub(crate) struct Delivery {
+pub struct Delivery {
     publish: Publish,
     client: AsyncClient,
 }
 
 impl Delivery {
-    pub(crate) fn topic(&self) -> &str {
+    /// Where it was published.
+    pub fn topic(&self) -> &str {
         &self.publish.topic
     }
 
-    pub(crate) fn payload(&self) -> &[u8] {
+    /// What it holds.
+    pub fn payload(&self) -> &[u8] {
         &self.publish.payload
     }
 
     /// Lets the broker forget the message. On a connection that is gone by now this does nothing, and the
     /// broker delivers again.
-    pub(crate) fn acknowledge(self) {
+    pub fn acknowledge(self) {
         let _ = self.client.try_ack(&self.publish);
     }
 }
 
 /// A connection that reconnects by itself until it is dropped, which cuts it without a goodbye.
-pub(crate) struct Connection {
+pub struct Connection {
     outbox: Arc<Outbox>,
     online: watch::Receiver<bool>,
     task: JoinHandle<()>,
@@ -162,7 +135,7 @@ impl Drop for Connection {
 
 impl Connection {
     /// Connects in the background; messages come out of the receiver.
-    pub(crate) fn open(settings: Arc<ConnectionSettings>) -> (Self, mpsc::UnboundedReceiver<Delivery>) {
+    pub fn open(settings: Arc<ConnectionSettings>) -> (Self, mpsc::UnboundedReceiver<Delivery>) {
         let (deliveries, inbox) = mpsc::unbounded_channel();
         let (set_online, online) = watch::channel(false);
         let outbox = Arc::new(Outbox::default());
@@ -171,30 +144,30 @@ impl Connection {
     }
 
     /// Whether the device is subscribed now; changes can be awaited.
-    pub(crate) fn online(&self) -> watch::Receiver<bool> {
+    pub fn online(&self) -> watch::Receiver<bool> {
         self.online.clone()
     }
 
     /// Sends a message, over as many connections as it takes; returns when the broker has acknowledged it.
-    pub(crate) async fn publish(&self, publication: Publication) {
+    pub async fn publish(&self, publication: Publication) {
         // The sender lives as long as the message is queued, and that is until it is acknowledged.
         let _ = self.outbox.push(publication).await;
     }
 
     /// Closes the connection after what has been sent and acknowledged so far, and opens the next one after
     /// `away`. Does nothing without a connection.
-    pub(crate) fn leave(&self, away: Duration) {
+    pub fn leave(&self, away: Duration) {
         self.outbox.leave(away);
     }
 
     /// Queues a message without waiting for its acknowledgement.
-    pub(crate) fn post(&self, publication: Publication) {
+    pub fn post(&self, publication: Publication) {
         drop(self.outbox.push(publication));
     }
 
     /// Takes the next message as a broker does.
-    #[cfg(test)]
-    pub(crate) async fn acknowledge_next(&self) -> Publication {
+    #[cfg(feature = "test-util")]
+    pub async fn acknowledge_next(&self) -> Publication {
         loop {
             let next = self.outbox.lock().queue.front().map(|(publication, _)| publication.clone());
             if let Some(publication) = next {
@@ -206,7 +179,7 @@ impl Connection {
     }
 
     /// The same, if there is a connection now and nothing else waits: for what is old news a moment later.
-    pub(crate) fn post_if_idle(&self, publication: Publication) {
+    pub fn post_if_idle(&self, publication: Publication) {
         if *self.online.borrow() && self.outbox.lock().queue.is_empty() {
             self.post(publication);
         }
@@ -295,11 +268,11 @@ async fn stay_connected(
             retry = FIRST_RETRY;
         }
         if let Some(away) = away {
-            tracing::info!("{}: connection closed, back in {away:?}", settings.thing);
+            tracing::info!("{}: connection closed, back in {away:?}", settings.client_id);
             tokio::time::sleep(away).await;
             continue;
         }
-        (settings.on_failure)(&format!("{} at {}: {error}", settings.thing, settings.endpoint));
+        (settings.on_failure)(&format!("{} at {}: {error}", settings.client_id, settings.endpoint));
         // Full jitter: a fleet that lost its broker must not come back as one.
         let wait = rand::rng().random_range(retry / 2..retry);
         tokio::time::sleep(wait).await;
@@ -350,7 +323,7 @@ async fn session(
 }
 
 fn options(settings: &ConnectionSettings) -> MqttOptions {
-    let mut options = MqttOptions::new(settings.thing.as_str(), &settings.endpoint.host, settings.endpoint.port);
+    let mut options = MqttOptions::new(&settings.client_id, &settings.endpoint.host, settings.endpoint.port);
     options
         .set_transport(Transport::tls_with_config(TlsConfiguration::Rustls(Arc::clone(&settings.tls))))
         .set_keep_alive(KEEP_ALIVE)
@@ -375,14 +348,6 @@ async fn poll(events: &mut EventLoop) -> Result<Packet, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn an_endpoint_is_a_host_with_or_without_a_port() {
-        assert_eq!("localhost".parse(), Ok(Endpoint { host: "localhost".into(), port: 8883 }));
-        assert_eq!("10.0.0.1:443".parse(), Ok(Endpoint { host: "10.0.0.1".into(), port: 443 }));
-        assert!("https://host".parse::<Endpoint>().unwrap_err().contains("expected HOST or HOST:PORT"));
-        assert!("".parse::<Endpoint>().is_err());
-    }
 
     #[tokio::test]
     async fn messages_wait_for_their_acknowledgement_in_order() {

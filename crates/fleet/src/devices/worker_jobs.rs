@@ -1,0 +1,429 @@
+//! Jobs that workers on premises run: dispatched on `{tenant}/to/worker`, answered on `{tenant}/to/lambda`.
+
+use super::worker_job::{Answer, Claimed, Dispatch, Expected, JobHandle, Judged, Renewed, WorkerJob};
+use crate::aws::{now_millis, now_seconds};
+use crate::error::{aws, code, unbuilt};
+use crate::item_table::ItemTable;
+use crate::tasks::{Outcome, Tasks};
+use crate::workflows::rendezvous::Wait;
+use crate::{Error, ErrorName, config};
+use aws_sdk_iotdataplane::primitives::Blob;
+use aws_sdk_s3::config::RequestChecksumCalculation;
+use aws_sdk_s3::presigning::PresigningConfig;
+use protocol::on_premises::{JobMessage, Lease, Verdict, WorkerMessage, WorkerReply, WorkerResult};
+use protocol::{HandlerName, MAX_PAYLOAD_BYTES, OperationId, Publication, Tenant, WorkerName};
+use serde_json::{Map, Value, json};
+use std::time::Duration;
+
+/// How much data a state may pass on, in bytes (<https://docs.aws.amazon.com/step-functions/latest/dg/service-quotas.html>).
+const MAX_STATE_BYTES: usize = 256 * 1024;
+/// What else than the input and the result is in a state's data.
+const SPARE_BYTES: usize = 2048;
+/// The largest input, in bytes: it also passes through a Lambda function, with what that has to know besides.
+const MAX_INPUT_BYTES: usize = 240 * 1024;
+/// What else than the input is in a job's message.
+const MESSAGE_BYTES: usize = 1024;
+/// How long a signed address is good: workers use it at once.
+const ADDRESS_LIFETIME: Duration = Duration::from_hours(1);
+/// Limits of `SendTaskFailure` (<https://docs.aws.amazon.com/step-functions/latest/apireference/API_SendTaskFailure.html>).
+const MAX_ERROR_CHARACTERS: usize = 256;
+
+/// A job to dispatch, and the state that waits for it.
+#[derive(Debug)]
+pub struct Order {
+    /// Whose workers.
+    pub tenant: Tenant,
+    /// The job: its execution's name.
+    pub operation: OperationId,
+    /// What shall be done; each worker has a default.
+    pub handler: Option<HandlerName>,
+    /// How the state waits.
+    pub wait: Wait,
+    /// What with.
+    pub input: Map<String, Value>,
+}
+
+/// The jobs, and what reaches workers and waiting states.
+#[derive(Debug, Clone)]
+pub struct WorkerJobs {
+    table: ItemTable<WorkerJob>,
+    tasks: Tasks,
+    mqtt: aws_sdk_iotdataplane::Client,
+    s3: aws_sdk_s3::Client,
+    bucket: String,
+    tenants: Vec<String>,
+    /// In milliseconds.
+    lease: u32,
+    max_result_bytes: u64,
+}
+
+/// A worker's job: its tenant, and the handle that the worker echoed.
+struct Job<'a> {
+    tenant: &'a Tenant,
+    handle: JobHandle,
+}
+
+impl Job<'_> {
+    fn key(&self) -> String {
+        key(self.tenant, &self.handle.operation)
+    }
+
+    /// Each lease has an object of its own, so that a worker that has lost it overwrites nothing.
+    fn result_key(&self, fence: u64) -> String {
+        format!("{}/{}/result-{fence}.json", self.tenant, self.handle.operation)
+    }
+}
+
+/// Neither part can hold a `#`.
+fn key(tenant: &Tenant, operation: &OperationId) -> String {
+    format!("{tenant}#{operation}")
+}
+
+fn input_key(tenant: &Tenant, operation: &OperationId) -> String {
+    format!("{tenant}/{operation}/input.json")
+}
+
+impl WorkerJobs {
+    /// The jobs that the environment names.
+    pub fn from_environment(aws: &aws_config::SdkConfig) -> Result<Self, String> {
+        // A checksum of what is signed would be one of nothing: the worker has the bytes.
+        let s3 = aws_sdk_s3::config::Builder::from(aws)
+            .request_checksum_calculation(RequestChecksumCalculation::WhenRequired)
+            .build();
+        Ok(Self {
+            table: ItemTable::new(aws, config::required("WORKER_JOBS_TABLE")?),
+            tasks: Tasks::new(aws),
+            mqtt: aws_sdk_iotdataplane::Client::new(aws),
+            s3: aws_sdk_s3::Client::from_conf(s3),
+            bucket: config::required("JOB_DATA_BUCKET")?,
+            tenants: config::required("TENANTS")?.split(',').map(|tenant| tenant.trim().to_owned()).collect(),
+            // Another worker has time to take over, and to say so, before the state gives up.
+            lease: config::number("WORKER_HEARTBEAT_SECONDS")?
+                .saturating_mul(1000)
+                .div_euclid(3)
+                .min(config::number("WORKER_LEASE_SECONDS")?.saturating_mul(1000)),
+            max_result_bytes: config::number("MAX_RESULT_BYTES")?.into(),
+        })
+    }
+
+    /// Sends a job to its tenant's workers; the state's token is kept first. If the answer is there already, the state's
+    /// task ends at once.
+    pub async fn dispatch(&self, order: &Order) -> Result<(), Error> {
+        let Order { tenant, operation, handler, wait, input } = order;
+        if !self.tenants.iter().any(|known| known == tenant.as_str()) {
+            return Err(Error::invalid("tenant", tenant, &format!("one of {}", self.tenants.join(", "))));
+        }
+        let text = serde_json::to_string(input).map_err(unbuilt)?;
+        if text.len() > MAX_INPUT_BYTES {
+            let got = format!("{} bytes", text.len());
+            return Err(Error::invalid("input", got, &format!("at most {MAX_INPUT_BYTES} bytes")));
+        }
+        let is_large = text.len() + MESSAGE_BYTES > MAX_PAYLOAD_BYTES;
+        let bytes = text.len();
+        if is_large {
+            self.put(&input_key(tenant, operation), text).await?;
+        }
+        let room = MAX_STATE_BYTES.saturating_sub(bytes + SPARE_BYTES);
+        let dispatch = Dispatch { wait: wait.clone(), room: room as u64, input_is_stored: is_large };
+        let secret = uuid::Uuid::new_v4().simple().to_string();
+        let rule = |job: &mut WorkerJob| job.expect(&dispatch, &secret, now_seconds());
+        let (job, expected) = self.table.change(&key(tenant, operation), rule).await?;
+        let outcome = match expected {
+            Expected::Superseded => Outcome::Late,
+            Expected::Answered => self.complete(&job).await?,
+            Expected::Send => {
+                let message = JobMessage {
+                    input: if is_large { Value::Null } else { Value::Object(input.clone()) },
+                    task_token: job.handle(operation).to_string(),
+                    handler: handler.clone(),
+                    input_bytes: is_large.then_some(bytes as u64),
+                };
+                self.publish(message.encode(tenant)).await?;
+                Outcome::Waiting
+            }
+        };
+        tracing::info!(tenant = tenant.as_str(), operation = operation.as_str(), ?outcome, "dispatched");
+        Ok(())
+    }
+
+    /// A worker of the tenant has said something. Fails with `MalformedMessage` if it cannot be read.
+    pub async fn hear(&self, tenant: &Tenant, payload: &[u8]) -> Result<(), Error> {
+        let (text, message) = WorkerMessage::decode(payload)?;
+        let kind = kind(&message);
+        let Some(handle) = JobHandle::parse(&text) else {
+            tracing::warn!(tenant = tenant.as_str(), message = kind, outcome = ?Outcome::Rejected, "no handle of ours");
+            return Ok(());
+        };
+        let job = Job { tenant, handle };
+        let outcome = match message {
+            WorkerMessage::Claim { worker, request } => self.claim(&job, &worker, request).await?,
+            WorkerMessage::Heartbeat { lease: Some((lease, request)), .. } => self.renew(&job, &lease, request).await?,
+            WorkerMessage::Heartbeat { lease: None, .. } => self.plain_heartbeat(&job).await?,
+            WorkerMessage::Release(lease) => self.release(&job, &lease).await?,
+            WorkerMessage::Upload { lease, request, bytes } => self.upload(&job, &lease, request, bytes).await?,
+            WorkerMessage::Succeeded { result, lease } => self.succeeded(&job, lease.as_ref(), result).await?,
+            WorkerMessage::Failed { exception, cause, lease } => {
+                let answer = Answer::Failed { error: error_name(&exception), cause: cause.unwrap_or_default() };
+                self.answer(&job, lease.as_ref(), &answer).await?
+            }
+        };
+        let operation = job.handle.operation.as_str();
+        tracing::info!(tenant = tenant.as_str(), operation, message = kind, ?outcome);
+        Ok(())
+    }
+
+    fn lease(&self) -> i64 {
+        self.lease.into()
+    }
+
+    async fn claim(&self, job: &Job<'_>, worker: &WorkerName, request: String) -> Result<Outcome, Error> {
+        let rule = |item: &mut WorkerJob| item.claim(&job.handle, worker, &request, now_millis(), self.lease());
+        let (item, claimed) = self.table.change(&job.key(), rule).await?;
+        let verdict = match claimed {
+            // Nobody may wait for the job any more: then nobody needs to run it.
+            Claimed::Granted(fence) => match self.tasks.prolong(&item.task_token).await? {
+                Outcome::Late => Verdict::Over,
+                _ => Verdict::Granted {
+                    fence,
+                    lease_milliseconds: self.lease.into(),
+                    input_url: if item.input_is_stored { Some(self.input_url(job).await?) } else { None },
+                },
+            },
+            Claimed::Held(retry_milliseconds) => Verdict::Held { retry_milliseconds },
+            Claimed::Over => Verdict::Over,
+        };
+        let outcome = if matches!(verdict, Verdict::Granted { .. }) { Outcome::Applied } else { Outcome::Rejected };
+        self.reply(job, worker, Some(request), verdict).await?;
+        Ok(outcome)
+    }
+
+    async fn renew(&self, job: &Job<'_>, lease: &Lease, request: String) -> Result<Outcome, Error> {
+        let rule = |item: &mut WorkerJob| item.renew(&job.handle, lease, now_millis(), self.lease());
+        let (item, renewed) = self.table.change(&job.key(), rule).await?;
+        let (verdict, outcome) = match renewed {
+            Renewed::Lost => (Verdict::Lost, Outcome::Rejected),
+            Renewed::Over => (Verdict::Over, Outcome::Late),
+            Renewed::Held => match self.tasks.prolong(&item.task_token).await? {
+                Outcome::Late => (Verdict::Over, Outcome::Late),
+                _ => (self.granted_again(lease), Outcome::Applied),
+            },
+        };
+        self.reply(job, &lease.worker, Some(request), verdict).await?;
+        Ok(outcome)
+    }
+
+    fn granted_again(&self, lease: &Lease) -> Verdict {
+        Verdict::Granted { fence: lease.fence, lease_milliseconds: self.lease.into(), input_url: None }
+    }
+
+    async fn plain_heartbeat(&self, job: &Job<'_>) -> Result<Outcome, Error> {
+        let item = self.table.get(&job.key()).await?;
+        if item.is_run_by_a_plain_worker(&job.handle) {
+            return self.tasks.prolong(&item.task_token).await;
+        }
+        Ok(Outcome::Rejected)
+    }
+
+    async fn release(&self, job: &Job<'_>, lease: &Lease) -> Result<Outcome, Error> {
+        let (_, released) = self.table.change(&job.key(), |item| item.release(&job.handle, lease)).await?;
+        Ok(if released { Outcome::Applied } else { Outcome::Rejected })
+    }
+
+    async fn upload(&self, job: &Job<'_>, lease: &Lease, request: String, bytes: u64) -> Result<Outcome, Error> {
+        let item = self.table.get(&job.key()).await?;
+        let (verdict, outcome) = match item.judge(&job.handle, Some(lease)) {
+            Judged::Counts if bytes > self.max_result_bytes => {
+                (Verdict::TooLarge { limit: self.max_result_bytes }, Outcome::Rejected)
+            }
+            Judged::Counts => (self.upload_address(job, lease.fence, bytes).await?, Outcome::Applied),
+            Judged::Stale => (Verdict::Lost, Outcome::Rejected),
+            Judged::Duplicate | Judged::Unknown => (Verdict::Over, Outcome::Late),
+        };
+        self.reply(job, &lease.worker, Some(request), verdict).await?;
+        Ok(outcome)
+    }
+
+    async fn succeeded(&self, job: &Job<'_>, lease: Option<&Lease>, result: WorkerResult) -> Result<Outcome, Error> {
+        let item = self.table.get(&job.key()).await?;
+        // Only what counts is worth looking at; the rule decides again when it is written.
+        if item.judge(&job.handle, lease) != Judged::Counts {
+            return self.answer(job, lease, &Answer::Succeeded { result: "null".into() }).await;
+        }
+        let key = job.result_key(lease.map_or(0, |lease| lease.fence));
+        let answer = match result {
+            WorkerResult::Value(value) => {
+                let text = value.to_string();
+                let bytes = text.len() as u64;
+                if bytes > item.room {
+                    self.put(&key, text).await?;
+                    Answer::Stored { key, bytes }
+                } else {
+                    Answer::Succeeded { result: text }
+                }
+            }
+            WorkerResult::Object { bytes } => self.uploaded(key, bytes).await?,
+        };
+        self.answer(job, lease, &answer).await
+    }
+
+    /// The result that a worker says it has uploaded.
+    async fn uploaded(&self, key: String, said: u64) -> Result<Answer, Error> {
+        let head = self.s3.head_object().bucket(&self.bucket).key(&key).send().await;
+        let missing = |cause: String| Answer::Failed { error: ErrorName::ResultMissing.to_string(), cause };
+        match head {
+            Ok(head) => {
+                let bytes = u64::try_from(head.content_length.unwrap_or_default()).unwrap_or_default();
+                Ok(if bytes == said {
+                    Answer::Stored { key, bytes }
+                } else {
+                    missing(format!("the uploaded result has {bytes} bytes, the worker said {said}"))
+                })
+            }
+            Err(error) if matches!(code(&error), Some("NotFound" | "NoSuchKey")) => {
+                Ok(missing("the worker said that it has uploaded its result, but there is none".to_owned()))
+            }
+            Err(error) => Err(aws("s3:HeadObject", &error)),
+        }
+    }
+
+    async fn answer(&self, job: &Job<'_>, lease: Option<&Lease>, answer: &Answer) -> Result<Outcome, Error> {
+        let rule = |item: &mut WorkerJob| item.answer(&job.handle, lease, answer);
+        let (item, judged) = self.table.change(&job.key(), rule).await?;
+        match judged {
+            Judged::Counts => self.complete(&item).await,
+            // An earlier delivery may have died before it could end the task.
+            Judged::Duplicate => Ok(match self.complete(&item).await? {
+                Outcome::Applied => Outcome::Applied,
+                _ => Outcome::Duplicate,
+            }),
+            Judged::Stale => {
+                if let Some(lease) = lease {
+                    self.reply(job, &lease.worker, None, Verdict::Lost).await?;
+                }
+                Ok(Outcome::Rejected)
+            }
+            Judged::Unknown => Ok(Outcome::Rejected),
+        }
+    }
+
+    /// Ends the waiting task with the job's answer.
+    async fn complete(&self, item: &WorkerJob) -> Result<Outcome, Error> {
+        let output = match &item.answer {
+            None => return Ok(Outcome::Waiting),
+            Some(Answer::Failed { error, cause }) => return self.tasks.fail(&item.task_token, error, cause).await,
+            Some(Answer::Succeeded { result }) => {
+                json!({"result": serde_json::from_str::<Value>(result).map_err(unbuilt)?})
+            }
+            Some(Answer::Stored { key, bytes }) if *bytes <= item.room => match self.read(key).await? {
+                Ok(result) => json!({ "result": result }),
+                Err(cause) => {
+                    return self.tasks.fail(&item.task_token, ErrorName::ResultMissing.as_str(), &cause).await;
+                }
+            },
+            Some(Answer::Stored { key, bytes }) => {
+                let uri = format!("s3://{}/{key}", self.bucket);
+                json!({"result": null, "resultS3Uri": uri, "resultBytes": bytes})
+            }
+        };
+        self.tasks.complete(&item.task_token, Ok(output)).await
+    }
+
+    async fn put(&self, key: &str, text: String) -> Result<(), Error> {
+        let put = self.s3.put_object().bucket(&self.bucket).key(key).content_type("application/json");
+        put.body(text.into_bytes().into()).send().await.map_err(|error| aws("s3:PutObject", &error))?;
+        Ok(())
+    }
+
+    /// The JSON of an object, or why it is none.
+    async fn read(&self, key: &str) -> Result<Result<Value, String>, Error> {
+        let got = self.s3.get_object().bucket(&self.bucket).key(key).send().await;
+        let got = match got {
+            Ok(got) => got,
+            Err(error) if code(&error) == Some("NoSuchKey") => return Ok(Err("the result is gone".to_owned())),
+            Err(error) => return Err(aws("s3:GetObject", &error)),
+        };
+        let body = got.body.collect().await;
+        let body = body.map_err(|error| Error::new(ErrorName::ServiceUnavailable, format!("s3:GetObject: {error}")))?;
+        Ok(serde_json::from_slice(&body.into_bytes()).map_err(|error| format!("the result is no JSON: {error}")))
+    }
+
+    async fn input_url(&self, job: &Job<'_>) -> Result<String, Error> {
+        let key = input_key(job.tenant, &job.handle.operation);
+        let request = self.s3.get_object().bucket(&self.bucket).key(key);
+        let signed = request.presigned(lifetime()?).await.map_err(|error| aws("s3:GetObject", &error))?;
+        Ok(signed.uri().to_owned())
+    }
+
+    async fn upload_address(&self, job: &Job<'_>, fence: u64, bytes: u64) -> Result<Verdict, Error> {
+        let length = i64::try_from(bytes).map_err(unbuilt)?;
+        let request = self.s3.put_object().bucket(&self.bucket).key(job.result_key(fence));
+        let request = request.content_length(length).content_type("application/json");
+        let signed = request.presigned(lifetime()?).await.map_err(|error| aws("s3:PutObject", &error))?;
+        let headers = signed.headers().map(|(name, value)| (name.to_owned(), value.to_owned())).collect();
+        Ok(Verdict::Upload { url: signed.uri().to_owned(), headers })
+    }
+
+    async fn reply(
+        &self,
+        job: &Job<'_>,
+        worker: &WorkerName,
+        request: Option<String>,
+        verdict: Verdict,
+    ) -> Result<(), Error> {
+        let reply = WorkerReply { task_token: job.handle.to_string(), request, verdict };
+        self.publish(reply.encode(job.tenant, worker)).await
+    }
+
+    async fn publish(&self, publication: Publication) -> Result<(), Error> {
+        let publish = self.mqtt.publish().topic(publication.topic).qos(1).payload(Blob::new(publication.payload));
+        publish.send().await.map_err(|error| aws("iot:Publish", &error))?;
+        Ok(())
+    }
+}
+
+fn lifetime() -> Result<PresigningConfig, Error> {
+    PresigningConfig::expires_in(ADDRESS_LIFETIME).map_err(unbuilt)
+}
+
+fn kind(message: &WorkerMessage) -> &'static str {
+    match message {
+        WorkerMessage::Claim { .. } => "CLAIM",
+        WorkerMessage::Heartbeat { .. } => "HEARTBEAT",
+        WorkerMessage::Release(_) => "RELEASE",
+        WorkerMessage::Upload { .. } => "UPLOAD",
+        WorkerMessage::Succeeded { .. } => "SUCCEEDED",
+        WorkerMessage::Failed { .. } => "FAILED",
+    }
+}
+
+/// The error that an execution fails with: the exception's name, unless Step Functions or we mean something by it.
+fn error_name(exception: &str) -> String {
+    let of_others = ["States.", "Lambda.", "Sandbox.", "Runtime."].iter().any(|prefix| exception.starts_with(prefix));
+    let is_ours = ErrorName::ALL.into_iter().any(|name| name.as_str() == exception);
+    let name = match exception.trim() {
+        "" => "UnnamedException".to_owned(),
+        _ if of_others || is_ours => format!("Worker.{exception}"),
+        name => name.to_owned(),
+    };
+    name.chars().take(MAX_ERROR_CHARACTERS).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_exception_gives_its_name_but_cannot_play_another_error() {
+        for (exception, name) in [
+            ("KeyError", "KeyError"),
+            ("", "UnnamedException"),
+            (" ", "UnnamedException"),
+            ("States.Timeout", "Worker.States.Timeout"),
+            ("Lambda.TooManyRequestsException", "Worker.Lambda.TooManyRequestsException"),
+            ("Throttled", "Worker.Throttled"),
+        ] {
+            assert_eq!(error_name(exception), name);
+        }
+        assert_eq!(error_name(&"ä".repeat(1000)).chars().count(), MAX_ERROR_CHARACTERS);
+    }
+}
