@@ -40,7 +40,11 @@ from moto.stepfunctions.parser.asl.component.state.exec.state_task.service.state
 from moto.stepfunctions.parser.asl.component.state.exec.state_task.service.state_task_service_callback import (
     StateTaskServiceCallback,
 )
-from moto.stepfunctions.parser.asl.eval.callback.callback import CallbackOutcomeTimedOut, HeartbeatTimedOut
+from moto.stepfunctions.parser.asl.eval.callback.callback import (
+    CallbackOutcomeTimedOut,
+    HeartbeatTimedOut,
+    HeartbeatTimeoutError,
+)
 from moto.stepfunctions.parser.asl.eval.environment import Environment
 from moto.stepfunctions.parser.asl.eval.event.event_detail import EventDetails
 from moto.stepfunctions.parser.asl.jsonata.jsonata import JSONataException, extract_jsonata_variable_references
@@ -282,6 +286,32 @@ def wait_for_task_token(self, env, timeout_seconds, callback_endpoint, heartbeat
 
 
 StateTaskServiceCallback._eval_wait_for_task_token = wait_for_task_token
+
+
+# Gap: AWS tells of a missed heartbeat as States.Timeout too, but matches it with States.HeartbeatTimeout as well.
+
+
+class MissedHeartbeat(StatesErrorName):
+    NAMES = ("States.HeartbeatTimeout", "States.Timeout")
+
+    def __init__(self):
+        super().__init__(StatesErrorNameType.StatesTimeout)
+
+    def __eq__(self, other):
+        return isinstance(other, StatesErrorName) and other.error_name in self.NAMES
+
+
+_callback_failure = StateTaskServiceCallback._from_error
+
+
+def callback_failure(self, env, ex):
+    failure = _callback_failure(self, env, ex)
+    if isinstance(ex, HeartbeatTimeoutError):
+        failure.error_name = MissedHeartbeat()
+    return failure
+
+
+StateTaskServiceCallback._from_error = callback_failure
 
 
 # Gap: where AWS puts an empty string into the error output (a failure without a cause), moto puts null.
