@@ -303,14 +303,23 @@ impl Cloud {
         found.len()
     }
 
-    /// Waits for the dead letter that holds this text: its error type.
+    /// Waits for the dead letter that holds this text: its error type. Others may be reading the queue too, so all of it is read
+    /// again and again.
     pub async fn dead_letter(&self, text: &str) -> String {
         eventually(&format!("a dead letter with {text}"), || async {
-            let receive = self.sqs.receive_message().queue_url(self.output("DeadLetterQueueUrl"));
-            let receive = receive.max_number_of_messages(10).visibility_timeout(0).message_attribute_names("All");
-            let messages = receive.send().await.expect("the dead-letter queue").messages.unwrap_or_default();
-            let message = messages.into_iter().find(|message| message.body().unwrap_or_default().contains(text))?;
-            message.message_attributes?.remove("errorType")?.string_value
+            loop {
+                let receive = self.sqs.receive_message().queue_url(self.output("DeadLetterQueueUrl"));
+                // Hidden for a moment, so that the next call brings others.
+                let receive = receive.max_number_of_messages(10).visibility_timeout(2).message_attribute_names("All");
+                let messages = receive.send().await.expect("the dead-letter queue").messages.unwrap_or_default();
+                if messages.is_empty() {
+                    return None;
+                }
+                let ours = messages.into_iter().find(|message| message.body().unwrap_or_default().contains(text));
+                if let Some(message) = ours {
+                    return message.message_attributes?.remove("errorType")?.string_value;
+                }
+            }
         })
         .await
     }
