@@ -4,6 +4,7 @@ Usage: GATEWAY_PORT=4566 python ministack_local.py
 """
 
 import dynamic_thing_groups
+import event_source_batches
 import job_retries
 import ministack.services.lambda_svc as lambda_svc
 import schedule_times
@@ -23,6 +24,7 @@ def sqs_concurrency(mapping, *arguments, **keywords):
 
 lambda_svc._sqs_esm_concurrency = sqs_concurrency
 dynamic_thing_groups.install()
+event_source_batches.install()
 job_retries.install()
 schedule_times.install()
 thing_versions.install()

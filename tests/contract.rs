@@ -3,8 +3,10 @@
 use fleet::ErrorName;
 use fleet::recovery::Decision;
 use fleet::recovery::restore_attributes::{Action, Outcome};
+use fleet::telemetry::{METRICS, NAMESPACE};
 use protocol::events::EventType;
 use protocol::recovery::UpdateStatus;
+use protocol::telemetry::{readings_topic, remediations_topic};
 use protocol::{Step, protocol_of_topic};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
@@ -108,7 +110,7 @@ fn a_function_is_named_after_its_binary_and_its_binary_after_its_module() {
 
 #[test]
 fn contexts_meet_only_in_messages() {
-    let contexts = ["jobs", "workflows", "devices", "recovery"];
+    let contexts = ["jobs", "workflows", "devices", "recovery", "telemetry"];
     for context in contexts {
         for entry in std::fs::read_dir(root().join("crates/fleet/src").join(context)).expect("a context") {
             let path = entry.expect("a file").path();
@@ -295,6 +297,78 @@ fn a_worker_reaches_its_own_tenant_only() {
     assert!(protocol::Tenant::try_from("a.b".to_owned()).is_err(), "or a tenant could begin with another's client ids");
 }
 
+/// A sensor reaches the topics of its own building, and nothing else.
+#[test]
+fn a_sensor_reaches_its_own_building_only() {
+    let policy = &resources("AWS::IoT::Policy")["MonitoringDevicePolicy"]["Properties"]["PolicyDocument"];
+    let statements = policy["Statement"].as_array().expect("statements");
+    let found: BTreeSet<String> = statements
+        .iter()
+        .map(|statement| {
+            let resource = statement["Resource"].as_str().expect("one resource");
+            let name = resource.strip_prefix("arn:${AWS::Partition}:iot:${AWS::Region}:${AWS::AccountId}:");
+            format!("{} {}", statement["Action"].as_str().expect("an action"), name.expect("of this account"))
+        })
+        .collect();
+    let own = |topic: String| topic.replace("BUILDING", "${!iot:Connection.Thing.Attributes[building]}");
+    let building = "BUILDING".parse().expect("a building");
+    let expected = [
+        "iot:Connect client/${!iot:Connection.Thing.ThingName}".to_owned(),
+        format!("iot:Publish topic/{}", own(readings_topic(&building))),
+        format!("iot:Subscribe topicfilter/{}", own(remediations_topic(&building))),
+        format!("iot:Receive topic/{}", own(remediations_topic(&building))),
+    ];
+    assert_eq!(found, BTreeSet::from(expected));
+    assert_eq!(statements[0]["Condition"]["Bool"]["iot:Connection.Thing.IsAttached"], "true");
+}
+
+/// Only new rows are news, those that fail for good are put aside, and the function can be switched off.
+#[test]
+fn the_stream_of_readings_brings_new_ones_and_cannot_get_stuck() {
+    let mapping = &resources("AWS::Lambda::EventSourceMapping")["RemediateMapping"]["Properties"];
+    assert_eq!(mapping["FilterCriteria"]["Filters"], serde_json::json!([{"Pattern": "{\"eventName\":[\"INSERT\"]}"}]));
+    assert_eq!(mapping["FunctionResponseTypes"], serde_json::json!(["ReportBatchItemFailures"]));
+    assert_eq!(mapping["DestinationConfig"]["OnFailure"]["Destination"], "DeadLetterQueue.Arn");
+    assert!(mapping["MaximumRetryAttempts"].is_u64() && mapping["BisectBatchOnFunctionError"] == true);
+    assert_eq!(mapping["Enabled"], "RemediationEnabled");
+}
+
+/// A dashboard that CloudWatch cannot read is deployed all the same, and is empty.
+#[test]
+fn the_dashboard_is_json_and_shows_metrics_that_there_are() {
+    let dashboard = &resources("AWS::CloudWatch::Dashboard")["TelemetryDashboard"]["Properties"]["DashboardBody"];
+    let body: Value = serde_json::from_str(dashboard.as_str().expect("a text")).expect("JSON");
+    let mut widgets = Vec::new();
+    all(&body, "metrics", &mut widgets);
+    let metrics = widgets.into_iter().flat_map(|metrics| metrics.as_array().expect("metrics"));
+    // A shorter one repeats the metric before it.
+    let named = metrics.filter(|metric| metric.as_array().is_some_and(|parts| parts.len() > 3));
+    let names: BTreeSet<&str> = named.filter_map(|metric| metric[1].as_str()).collect();
+    assert_eq!(names, BTreeSet::from(METRICS));
+}
+
+/// Six of each building, each with somebody who is told and a deliberate way with missing data.
+#[test]
+fn alarms_of_buildings_watch_metrics_that_there_are() {
+    let mut found = BTreeMap::new();
+    for (name, alarm) in resources("AWS::CloudWatch::Alarm") {
+        let Some(rest) = name.strip_prefix("Building") else { continue };
+        let alarm = &alarm["Properties"];
+        let is_anomaly = name.ends_with("AnomalyAlarm");
+        let metric = if is_anomaly { &alarm["Metrics"][0]["MetricStat"]["Metric"] } else { alarm };
+        assert_eq!(metric["Namespace"], NAMESPACE, "{name}");
+        assert!(METRICS.contains(&metric["MetricName"].as_str().expect("a name")), "{name}");
+        assert!(rest[1..].starts_with(metric["MetricName"].as_str().expect("a name")), "{name}");
+        assert_eq!(metric["Dimensions"][0], serde_json::json!({"Name": "Building", "Value": &rest[..1]}), "{name}");
+        assert_eq!(alarm["TreatMissingData"], "missing", "{name}");
+        for actions in ["AlarmActions", "OKActions"] {
+            assert_eq!(alarm[actions][0], "AlarmTopic", "{name}");
+        }
+        *found.entry(rest[..1].to_owned()).or_insert(0) += 1;
+    }
+    assert_eq!(found, BTreeMap::from([("1".to_owned(), 6), ("2".to_owned(), 6)]));
+}
+
 #[test]
 fn every_placeholder_of_a_state_machine_is_filled() {
     for machine in resources("AWS::Serverless::StateMachine").values() {
@@ -328,6 +402,15 @@ fn rules_listen_where_devices_speak() {
             let status: UpdateStatus = serde_json::from_value(status.into()).expect("a status of ours");
             heard.insert(format!("{status:?}"));
         }
+        if filter == "monitoring-device/+" {
+            // Remediations are published beside the readings: they must not come back.
+            assert!(sql.ends_with("WHERE regexp_matches(topic(2), '^building-')"), "{name}");
+            let building = "1".parse().expect("a building");
+            let topics = [readings_topic(&building), remediations_topic(&building)];
+            let is_heard = topics.map(|topic| topic.split('/').nth(1).expect("two levels").starts_with("building-"));
+            assert_eq!(is_heard, [true, false], "{name}");
+            heard.insert("readings".to_owned());
+        }
         if let Some(tenant) = protocol::on_premises::tenant_of_answer(filter) {
             assert_eq!(name.to_lowercase(), format!("{tenant}answersrule"));
             heard.insert(tenant.to_string());
@@ -340,7 +423,9 @@ fn rules_listen_where_devices_speak() {
     }
     assert_eq!(
         heard,
-        BTreeSet::from(["Failed", "Succeeded", "json", "settings", "tenant1", "tenant2", "usp"].map(str::to_owned))
+        BTreeSet::from(
+            ["Failed", "Succeeded", "json", "readings", "settings", "tenant1", "tenant2", "usp"].map(str::to_owned)
+        )
     );
 }
 
@@ -390,8 +475,8 @@ fn roles_allow_named_actions_on_named_resources() {
     }
     let everything = read("template.yaml").lines().filter(|line| line.trim() == "Resource: \"*\"").count();
     assert_eq!(
-        everything, 5,
-        "only log delivery (of four state machines) and the account's IoT settings know no resources"
+        everything, 7,
+        "only log delivery (of four state machines), the account's IoT settings and metrics (twice) know no resources"
     );
 }
 
@@ -434,10 +519,42 @@ fn allowed(function: &str) -> BTreeSet<String> {
     found
 }
 
-/// Beside each function of the configuration push and the recovery stands what its code calls.
+/// Beside each function but those of the firmware upgrade alone stands what its code calls.
 #[test]
 fn a_role_allows_what_its_function_calls_and_nothing_else() {
-    let cases: [(&str, &[&str]); 8] = [
+    let cases: [(&str, &[&str]); 10] = [
+        (
+            "IngestTelemetryFunction",
+            &[
+                "SQSPollerPolicy on TelemetryQueue.QueueName",
+                "SQSSendMessagePolicy on DeadLetterQueue.QueueName",
+                "cloudwatch:PutMetricData on *",
+                "dynamodb:GetItem on TelemetryBatchesTable.Arn",
+                "dynamodb:PutItem on MonitoringTable.Arn",
+                "dynamodb:PutItem on TelemetryBatchesTable.Arn",
+                "dynamodb:UpdateItem on MonitoringTable.Arn",
+                "iot:DescribeThing on iot:thing/*",
+                "s3:GetObject on ${TelemetryBucket.Arn}/*",
+                "s3:ListBucket on TelemetryBucket.Arn",
+                "s3:PutObject on ${TelemetryBucket.Arn}/*",
+            ],
+        ),
+        (
+            "RemediateFunction",
+            &[
+                "SNSPublishMessagePolicy on AlarmTopic.TopicName",
+                "SQSSendMessagePolicy on DeadLetterQueue.QueueName",
+                "cloudwatch:PutMetricData on *",
+                "dynamodb:DescribeStream on MonitoringTable.StreamArn",
+                "dynamodb:GetItem on ClimatesTable.Arn",
+                "dynamodb:GetRecords on MonitoringTable.StreamArn",
+                "dynamodb:GetShardIterator on MonitoringTable.StreamArn",
+                "dynamodb:ListStreams on ${MonitoringTable.Arn}/stream/*",
+                "dynamodb:PutItem on ClimatesTable.Arn",
+                "dynamodb:PutItem on RemediationsTable.Arn",
+                "iot:Publish on iot:topic/monitoring-device/remediation-*",
+            ],
+        ),
         (
             "GetDeviceSettingsFunction",
             &["dynamodb:UpdateItem on SettingsTable.Arn", "secretsmanager:GetSecretValue on SettingsApiKeySecretArn"],

@@ -1,5 +1,7 @@
 //! The command line of the simulator.
 
+mod monitor;
+
 use anyhow::{Context, Result, bail};
 use aws_config::BehaviorVersion;
 use aws_config::retry::RetryConfig;
@@ -52,6 +54,11 @@ enum Command {
     Provision(Provision),
     /// Run devices until they have ended their upgrades, or until Ctrl-C.
     Run(Box<Run>),
+    /// Run sensors that report their surroundings and act on remediations, until Ctrl-C.
+    ///
+    /// Temperature and humidity are waves over a base, base + velocity × sin(x/40) at the reading number x, and what remediations
+    /// have changed. The certificates are those of `provision`.
+    Monitor(monitor::Monitor),
     /// Serve users' settings as a third party does, for tests and demos, until Ctrl-C.
     SettingsApi(SettingsApiCommand),
     /// Remove what `provision` made: things, certificates, and its policy and group if nothing else uses them.
@@ -264,6 +271,7 @@ impl Cli {
         let result = match self.command {
             Command::Provision(command) => command.run().await,
             Command::Run(command) => command.run().await,
+            Command::Monitor(command) => command.run().await,
             Command::SettingsApi(command) => command.run().await,
             Command::Cleanup(command) => command.run().await,
         };
@@ -378,7 +386,7 @@ impl Cleanup {
 impl Run {
     async fn run(self) -> Result<bool, Failure> {
         let seed = self.seed.unwrap_or_else(rand::random);
-        let mut devices = self.devices()?;
+        let mut devices = selected(&self.certificates, &self.thing, self.count)?;
         let faults = faults::assign(&self.fail, devices.len(), seed).map_err(Failure::Usage)?;
         for (device, faults) in devices.iter_mut().zip(faults) {
             device.faults = faults;
@@ -411,29 +419,6 @@ impl Run {
         }
         let wanted = self.upgrades.unwrap_or_default();
         devices.iter().filter(|device| counts.get(&device.thing).copied().unwrap_or_default() < wanted).count()
-    }
-
-    fn devices(&self) -> Result<Vec<DeviceSpec>, Failure> {
-        let mut devices = DeviceSpec::load_all(&self.certificates).context("run `device-simulator provision` first")?;
-        if !self.thing.is_empty() {
-            let missing = self.thing.iter().find(|thing| devices.iter().all(|device| device.thing != **thing));
-            if let Some(thing) = missing {
-                return Err(Failure::Usage(format!("{} holds no device {thing}", self.certificates.display())));
-            }
-            devices.retain(|device| self.thing.contains(&device.thing));
-        }
-        let wanted = self.count.map_or(devices.len(), |count| count as usize);
-        if wanted > devices.len() {
-            let text = format!("{} holds {} devices, fewer than {wanted}", self.certificates.display(), devices.len());
-            return Err(Failure::Usage(text));
-        }
-        devices.truncate(wanted);
-        if devices.is_empty() {
-            let text =
-                format!("{} holds no device: run `device-simulator provision` first", self.certificates.display());
-            return Err(Failure::Usage(text));
-        }
-        Ok(devices)
     }
 
     fn fleet_options(&self, devices: usize) -> Result<FleetOptions> {
@@ -494,6 +479,27 @@ impl Run {
         std::fs::write(path, serde_json::to_vec_pretty(&all)?)
             .with_context(|| format!("the report {} cannot be written", path.display()))
     }
+}
+
+/// The devices in a folder: those of these names, or the first so many, or all.
+fn selected(folder: &Path, things: &[ThingName], count: Option<u32>) -> Result<Vec<DeviceSpec>, Failure> {
+    let mut devices = DeviceSpec::load_all(folder).context("run `device-simulator provision` first")?;
+    let folder = folder.display();
+    if !things.is_empty() {
+        if let Some(thing) = things.iter().find(|thing| devices.iter().all(|device| device.thing != **thing)) {
+            return Err(Failure::Usage(format!("{folder} holds no device {thing}")));
+        }
+        devices.retain(|device| things.contains(&device.thing));
+    }
+    let wanted = count.map_or(devices.len(), |count| count as usize);
+    if wanted > devices.len() {
+        return Err(Failure::Usage(format!("{folder} holds {} devices, fewer than {wanted}", devices.len())));
+    }
+    devices.truncate(wanted);
+    if devices.is_empty() {
+        return Err(Failure::Usage(format!("{folder} holds no device: run `device-simulator provision` first")));
+    }
+    Ok(devices)
 }
 
 fn announce(devices: &[DeviceSpec], endpoint: &Endpoint, seed: u64) {

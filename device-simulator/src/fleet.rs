@@ -161,7 +161,7 @@ pub struct StartError(String);
 
 impl StartError {
     #[expect(clippy::needless_pass_by_value, reason = "it is passed to map_err")]
-    fn new(reason: impl ToString) -> Self {
+    pub(crate) fn new(reason: impl ToString) -> Self {
         Self(reason.to_string())
     }
 }

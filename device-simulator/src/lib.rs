@@ -2,12 +2,13 @@
 //!
 //! [`Fleet`] runs devices inside a program (tests do), the binary of the same name runs them from a shell.
 //! [`provision`] makes and removes their things, keys and certificates in the registry, and [`settings_api`] is a
-//! third party's server with their users' settings.
+//! third party's server with their users' settings. [`monitor`] has sensors instead of devices.
 
 mod device;
 mod download;
 pub mod faults;
 mod fleet;
+pub mod monitor;
 pub mod progress;
 pub mod provision;
 mod settings;

@@ -35,9 +35,18 @@ impl Display {
         if let Ok(style) = ProgressStyle::with_template(template) {
             bar.set_style(style.progress_chars("=> "));
         }
-        let display = Self { bar };
-        let default = if has_bar || verbosity == Verbosity::Quiet { "warn" } else { "info" };
-        let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
+        let level = if has_bar || verbosity == Verbosity::Quiet { "warn" } else { "info" };
+        Self { bar }.with_log(level)
+    }
+
+    /// Starts the log alone: no bar, and lines from that level on.
+    pub fn log(level: &str) -> Self {
+        Self { bar: ProgressBar::hidden() }.with_log(level)
+    }
+
+    fn with_log(self, level: &str) -> Self {
+        let display = self;
+        let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
         // A log that exists already, in a test, is as good.
         let _ = tracing_subscriber::fmt()
             .with_env_filter(filter)

@@ -30,6 +30,8 @@ pub struct Cloud {
     pub lambda: aws_sdk_lambda::Client,
     /// Shows executions.
     pub step_functions: aws_sdk_sfn::Client,
+    /// Metrics and alarms.
+    pub cloudwatch: aws_sdk_cloudwatch::Client,
     /// Tables.
     pub dynamodb: aws_sdk_dynamodb::Client,
     /// Queues.
@@ -84,6 +86,7 @@ impl Cloud {
             mqtt: aws_sdk_iotdataplane::Client::new(&config),
             lambda: aws_sdk_lambda::Client::new(&config),
             step_functions: aws_sdk_sfn::Client::new(&config),
+            cloudwatch: aws_sdk_cloudwatch::Client::new(&config),
             dynamodb: aws_sdk_dynamodb::Client::new(&config),
             sqs: aws_sdk_sqs::Client::new(&config),
             sns: aws_sdk_sns::Client::new(&config),

@@ -41,7 +41,7 @@ impl MqttDevice {
         let mut options = MqttOptions::new(client_id.as_str(), host, port.parse().expect("a port"));
         options.set_transport(Transport::tls(read(Cloud::ca()), Some(identity), None));
         options.set_clean_session(clean_session);
-        options.set_max_packet_size(256 * 1024, 256 * 1024);
+        options.set_max_packet_size(256 * 1024, 2 * 1024 * 1024);
         let (client, mut events) = AsyncClient::new(options, 64);
         let (received, messages) = mpsc::unbounded_channel();
         let (subscribed, subscriptions) = mpsc::unbounded_channel();

@@ -18,13 +18,18 @@ pub(crate) fn text(value: impl Into<String>) -> AttributeValue {
     AttributeValue::S(value.into())
 }
 
+/// A whole number as DynamoDB has it.
+pub(crate) fn number(value: i64) -> AttributeValue {
+    AttributeValue::N(value.to_string())
+}
+
 /// Now, in Unix seconds, as DynamoDB's time to live has it.
 pub(crate) fn now_seconds() -> i64 {
     now_millis() / 1000
 }
 
 /// Now, in Unix milliseconds, as devices and the broker have it.
-pub(crate) fn now_millis() -> i64 {
+pub fn now_millis() -> i64 {
     let since_epoch = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     since_epoch.map_or(0, |elapsed| i64::try_from(elapsed.as_millis()).unwrap_or(i64::MAX))
 }

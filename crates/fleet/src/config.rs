@@ -13,7 +13,14 @@ pub fn optional(name: &str) -> Option<String> {
     std::env::var(name).ok().filter(|value| !value.is_empty())
 }
 
-/// The variable's value as a number.
+/// The variable's value as a finite number, which may have a fraction.
+pub fn decimal(name: &str) -> Result<f64, String> {
+    let value = required(name)?;
+    let number = value.parse().ok().filter(|number: &f64| number.is_finite());
+    number.ok_or_else(|| format!("the environment variable {name} is {value:?}: expected a number"))
+}
+
+/// The variable's value as a whole number.
 pub fn number(name: &str) -> Result<u32, String> {
     let value = required(name)?;
     value.parse().map_err(|_| format!("the environment variable {name} is {value:?}: expected a number"))

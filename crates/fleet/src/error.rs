@@ -13,6 +13,10 @@ pub enum ErrorName {
     InvalidInput,
     /// A device's message cannot be read.
     MalformedMessage,
+    /// A message is larger than the broker carries.
+    MessageTooLarge,
+    /// A reading's value is none that a sensor on Earth can measure, or its time is none at which it can have.
+    ReadingOutOfRange,
     /// A device's message speaks for another thing than the one that sent it.
     SenderMismatch,
     /// The job id belongs to a job that was made from another payload.
@@ -71,9 +75,11 @@ pub enum ErrorName {
 
 impl ErrorName {
     /// Every name.
-    pub const ALL: [Self; 29] = [
+    pub const ALL: [Self; 31] = [
         Self::InvalidInput,
         Self::MalformedMessage,
+        Self::MessageTooLarge,
+        Self::ReadingOutOfRange,
         Self::SenderMismatch,
         Self::JobConflict,
         Self::TargetNotFound,
@@ -108,6 +114,8 @@ impl ErrorName {
         match self {
             Self::InvalidInput => "InvalidInput",
             Self::MalformedMessage => "MalformedMessage",
+            Self::MessageTooLarge => "MessageTooLarge",
+            Self::ReadingOutOfRange => "ReadingOutOfRange",
             Self::SenderMismatch => "SenderMismatch",
             Self::JobConflict => "JobConflict",
             Self::TargetNotFound => "TargetNotFound",
@@ -181,7 +189,11 @@ impl From<Error> for Diagnostic {
 
 impl From<protocol::DecodeError> for Error {
     fn from(error: protocol::DecodeError) -> Self {
-        Self::new(ErrorName::MalformedMessage, error.to_string())
+        let name = match error {
+            protocol::DecodeError::TooLarge(_) => ErrorName::MessageTooLarge,
+            protocol::DecodeError::UnknownTopic(_) | protocol::DecodeError::Malformed(_) => ErrorName::MalformedMessage,
+        };
+        Self::new(name, error.to_string())
     }
 }
 

@@ -50,23 +50,51 @@ where
 {
     init_default_subscriber();
     let handler = &handler;
+    run_batches(dead_letters, move |messages| async move {
+        join_all(messages.iter().map(|message| handler(message.body.clone()))).await
+    })
+    .await
+}
+
+/// A message of a queue.
+#[derive(Debug, Clone)]
+pub struct QueuedMessage {
+    /// The queue's name for it, the same each time it is delivered.
+    pub id: String,
+    /// What it holds.
+    pub body: String,
+}
+
+/// The same for a function that handles the messages of a batch together; it says of each, in their order, how it went.
+pub async fn run_batches<F>(
+    dead_letters: &DeadLetters,
+    handler: impl Fn(Vec<QueuedMessage>) -> F,
+) -> Result<(), lambda_runtime::Error>
+where
+    F: Future<Output = Vec<Result<(), Error>>>,
+{
+    init_default_subscriber();
+    let handler = &handler;
     lambda_runtime::run(service_fn(move |event: LambdaEvent<SqsEvent>| async move {
-        let outcomes = event.payload.records.into_iter().map(|message| settle(dead_letters, handler, message));
+        let records = event.payload.records;
+        let messages = records.iter().map(|record| QueuedMessage {
+            id: record.message_id.clone().unwrap_or_default(),
+            body: record.body.clone().unwrap_or_default(),
+        });
+        let outcomes = handler(messages.collect()).await;
+        let settled = records.into_iter().zip(outcomes).map(|(record, outcome)| settle(dead_letters, record, outcome));
         let mut response = SqsBatchResponse::default();
-        response.set_failures(join_all(outcomes).await.into_iter().flatten());
+        response.set_failures(join_all(settled).await.into_iter().flatten());
         Ok::<_, Diagnostic>(response)
     }))
     .await
 }
 
-/// Handles one message; returns its id if the queue shall deliver it again.
-async fn settle<F>(dead_letters: &DeadLetters, handler: &impl Fn(String) -> F, message: SqsMessage) -> Option<String>
-where
-    F: Future<Output = Result<(), Error>>,
-{
+/// Sees to a message that went so; returns its id if the queue shall deliver it again.
+async fn settle(dead_letters: &DeadLetters, message: SqsMessage, outcome: Result<(), Error>) -> Option<String> {
     let id = message.message_id.unwrap_or_default();
     let body = message.body.unwrap_or_default();
-    let error = handler(body.clone()).await.err()?;
+    let error = outcome.err()?;
     if error.name.is_transient() {
         tracing::warn!(outcome = "RETRY", error = error.name.as_str(), message = error.message, message_id = id);
         return Some(id);

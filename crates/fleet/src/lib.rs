@@ -1,8 +1,9 @@
 //! The cloud side: one library, one small binary a Lambda.
 //!
-//! Four contexts own their data and meet only in messages: [`jobs`] (who shall be updated), [`workflows`] (in
-//! what order, how far), [`devices`] (how to talk to them), [`recovery`] (what becomes of those that fail). They do not import each other, with one exception
-//! that is the point of the system: `devices` uses `workflows::rendezvous`, where commands and answers meet.
+//! Five contexts own their data and meet only in messages: [`jobs`] (who shall be updated), [`workflows`] (in
+//! what order, how far), [`devices`] (how to talk to them), [`recovery`] (what becomes of those that fail), [`telemetry`] (what sensors
+//! measure). They do not import each other, with one exception that is the point of the system: `devices` uses
+//! `workflows::rendezvous`, where commands and answers meet.
 
 pub mod aws;
 pub mod config;
@@ -14,6 +15,7 @@ pub mod lambda;
 pub mod queue;
 pub mod recovery;
 pub mod tasks;
+pub mod telemetry;
 pub mod workflows;
 
 pub use error::{Error, ErrorName};

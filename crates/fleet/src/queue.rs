@@ -7,6 +7,10 @@ use base64::{Engine, prelude::BASE64_STANDARD};
 use protocol::recovery::UpdateReport;
 use serde::{Deserialize, de::DeserializeOwned};
 
+/// How much of a message is kept among the dead letters, in bytes: SQS takes 256 KiB at least
+/// (<https://docs.aws.amazon.com/AWSSimpleQueueService/latest/SQSDeveloperGuide/quotas-messages.html>), the reason included.
+const MAX_BODY_BYTES: usize = 240 * 1024;
+
 /// An MQTT message, as every topic rule of the template puts it into a queue: the bytes untouched.
 #[derive(Debug, Deserialize)]
 pub struct MqttMessage {
@@ -39,21 +43,30 @@ impl MqttMessage {
             .map_err(|error| Error::new(ErrorName::MalformedMessage, format!("payload: {error}")))
     }
 
+    /// The thing that published it, if a device did. Others, such as people who try a workflow, publish with IAM credentials, whose
+    /// policy has let them.
+    pub fn sender(&self) -> Option<&str> {
+        let is_device = self.principal.as_deref().is_none_or(is_certificate);
+        is_device.then(|| self.client_id.as_deref().unwrap_or("n/a"))
+    }
+
+    /// When the broker got it, in Unix milliseconds.
+    pub fn received_at(&self) -> Result<i64, Error> {
+        let missing = || Error::new(ErrorName::MalformedMessage, "receivedAt: missing in a message of the topic rule");
+        self.received_at.ok_or_else(missing)
+    }
+
     /// A report on an update, and when the broker got it (Unix milliseconds). Its topic is the same for all devices, so the
-    /// payload names the thing: a device must have connected as that thing. Others, such as an operator who tries the
-    /// workflow, publish with IAM credentials, whose policy has let them.
+    /// payload names the thing: a device must have connected as that thing.
     pub fn update_report(&self) -> Result<(UpdateReport, i64), Error> {
         let report = UpdateReport::decode(&self.payload()?)?;
-        let client = self.client_id.as_deref().unwrap_or("n/a");
-        let is_device = self.principal.as_deref().is_none_or(is_certificate);
-        if is_device && client != report.thing_name.as_str() {
+        if let Some(client) = self.sender().filter(|client| *client != report.thing_name.as_str()) {
             return Err(Error::new(
                 ErrorName::SenderMismatch,
                 format!("_id_: got {}, expected {client:?}, the client that sent it", report.thing_name),
             ));
         }
-        let missing = || Error::new(ErrorName::MalformedMessage, "receivedAt: missing in a message of the topic rule");
-        Ok((report, self.received_at.ok_or_else(missing)?))
+        Ok((report, self.received_at()?))
     }
 
     /// The payload as JSON.
@@ -105,8 +118,10 @@ impl DeadLetters {
         Ok(Self { client: Client::new(config), queue_url: crate::config::required("DEAD_LETTER_QUEUE_URL")? })
     }
 
-    /// Keeps a message that will never pass, with the reason and the queue that it came from as attributes.
-    pub async fn send(&self, body: String, source: Option<&str>, reason: &Error) -> Result<(), Error> {
+    /// Keeps a message that will never pass, with the reason and the queue that it came from as attributes. Of a body that leaves
+    /// no room for these, the beginning is kept.
+    pub async fn send(&self, mut body: String, source: Option<&str>, reason: &Error) -> Result<(), Error> {
+        body.truncate(body.floor_char_boundary(MAX_BODY_BYTES));
         let mut request = self.client.send_message().queue_url(&self.queue_url).message_body(body);
         let message = reason.message.chars().take(1000).collect();
         for (name, value) in [

@@ -99,6 +99,28 @@ id! {
     HandlerName, "handler name", 64, "a-z A-Z 0-9 _ -", "_-"
 }
 
+id! {
+    /// A sensor: a thing that reports on itself, or one that a thing reports for.
+    SensorId, "sensor", 128, "a-z A-Z 0-9 : _ -", ":_-"
+}
+
+id! {
+    /// Where sensors are; the end of their topics.
+    Building, "building", 64, "a-z A-Z 0-9 _ -", "_-"
+}
+
+id! {
+    /// Tells a reading from the others of its sensor.
+    ReadingId, "reading id", 64, "a-z A-Z 0-9 _ -", "_-"
+}
+
+/// A thing that is a sensor itself.
+impl From<ThingName> for SensorId {
+    fn from(thing: ThingName) -> Self {
+        Self(thing.0)
+    }
+}
+
 impl OperationId {
     /// The operation by which a job execution upgrades its device. A retried execution has a new number,
     /// and so never meets an answer to an earlier one.

@@ -14,13 +14,17 @@ mod operation;
 mod presence;
 pub mod recovery;
 pub mod settings;
+pub mod telemetry;
 mod usp;
 
 pub use device::{
     Acknowledgement, DecodeError, DeviceProtocol, MAX_PAYLOAD_BYTES, Publication, Received, ReceivedCommand, ReplyTo,
     protocol_of_topic,
 };
-pub use ids::{HandlerName, InvalidId, JobId, OperationId, SettingName, Tenant, ThingName, WorkerName};
+pub use ids::{
+    Building, HandlerName, InvalidId, JobId, OperationId, ReadingId, SensorId, SettingName, Tenant, ThingName,
+    WorkerName,
+};
 pub use operation::{Command, DeviceEvent, DeviceFailure, Firmware, Report, Response, Step, StepOutcome};
 pub use presence::{Presence, PresenceEvent, PresenceKind};
 

@@ -11,7 +11,7 @@ use crate::console::Step;
 use crate::project::Project;
 
 /// The parameters of the `local` environment in samconfig.toml.
-const LOCAL_PARAMETERS: [&str; 1] = ["MaximumConcurrency=5"];
+const LOCAL_PARAMETERS: [&str; 2] = ["MaximumConcurrency=5", "AnomalyAlarms=false"];
 
 /// The outputs of the deployed stack.
 pub(crate) struct Outputs(BTreeMap<String, String>);

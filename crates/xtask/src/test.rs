@@ -30,6 +30,9 @@ const TEST_PARAMETERS: &[(&str, &str)] = &[
     ("WorkerLeaseSeconds", "15"),
     ("MaxResultBytes", "2097152"),
     ("SettlingSeconds", "3"),
+    ("TelemetryWindowSeconds", "1"),
+    ("TemperatureCoolDownSeconds", "4"),
+    ("RemediationEffectSeconds", "3"),
 ];
 
 /// What `test` takes.

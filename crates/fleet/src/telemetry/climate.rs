@@ -1,0 +1,324 @@
+//! When a sensor's surroundings are to be brought back: what is known of a sensor, and the rule of a metric. No I/O.
+
+use super::readings::Sample;
+use serde::{Deserialize, Serialize};
+
+/// In milliseconds.
+const HOUR: i64 = 3_600_000;
+
+/// The rule of a metric.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Rule {
+    /// Where the value shall be, in the metric's unit.
+    pub(crate) target: f64,
+    /// How far off it may be before something is done.
+    pub(crate) band: f64,
+    /// How much nearer than that it must come before that is over.
+    pub(crate) hysteresis: f64,
+    /// How long after an action there is no other, in milliseconds.
+    pub(crate) cool_down: i64,
+    /// So many actions an hour at most.
+    pub(crate) actions_an_hour: usize,
+    /// How long after an action a reading must have come nearer to the target, in milliseconds.
+    pub(crate) effect_after: i64,
+}
+
+/// The rules of both metrics.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Rules {
+    pub(crate) temperature: Rule,
+    pub(crate) humidity: Rule,
+}
+
+/// What is being done about a metric of a sensor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "SCREAMING_SNAKE_CASE")]
+enum Phase {
+    /// Nothing.
+    #[default]
+    Calm,
+    /// It is brought back.
+    Correcting,
+    /// People have been told, for nothing has helped; it has not come back since.
+    Escalated,
+}
+
+/// What is known of a metric of a sensor.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Control {
+    #[serde(default)]
+    phase: Phase,
+    /// When something was done in the last hour, in Unix milliseconds.
+    #[serde(default)]
+    actions: Vec<i64>,
+    /// The action whose effect has not been seen yet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    unproved: Option<Unproved>,
+}
+
+/// An action, and how far off the value was.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+struct Unproved {
+    time: i64,
+    off: f64,
+}
+
+/// What a reading asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Decision {
+    Nothing,
+    Act,
+    Escalate(Reason),
+}
+
+/// Why people are told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "SCREAMING_SNAKE_CASE")]
+pub(crate) enum Reason {
+    /// An action had no effect.
+    NoEffect,
+    /// There were as many actions in the hour as there may be.
+    TooManyActions,
+}
+
+impl Control {
+    fn decide(&mut self, rule: &Rule, value: f64, now: i64) -> Decision {
+        let off = (value - rule.target).abs();
+        self.actions.retain(|time| *time > now - HOUR);
+        let is_back = match self.phase {
+            Phase::Calm => off <= rule.band,
+            Phase::Correcting | Phase::Escalated => off <= rule.band - rule.hysteresis,
+        };
+        if is_back {
+            self.phase = Phase::Calm;
+            self.unproved = None;
+            return Decision::Nothing;
+        }
+        if self.phase == Phase::Escalated {
+            return Decision::Nothing;
+        }
+        self.phase = Phase::Correcting;
+        if let Some(unproved) = self.unproved.take_if(|unproved| now >= unproved.time + rule.effect_after)
+            && off >= unproved.off
+        {
+            return self.escalate(Reason::NoEffect);
+        }
+        if self.actions.last().is_some_and(|last| now < last + rule.cool_down) {
+            return Decision::Nothing;
+        }
+        if self.actions.len() >= rule.actions_an_hour {
+            return self.escalate(Reason::TooManyActions);
+        }
+        self.actions.push(now);
+        self.unproved.get_or_insert(Unproved { time: now, off });
+        Decision::Act
+    }
+
+    fn escalate(&mut self, reason: Reason) -> Decision {
+        self.phase = Phase::Escalated;
+        Decision::Escalate(reason)
+    }
+}
+
+/// What is to be done because of a reading.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Remedy {
+    /// The reading.
+    pub(crate) sample: Sample,
+    /// The metrics for which the sensor is told to act; none if it is not.
+    pub(crate) act_on: Vec<Metric>,
+    /// The metrics that people are told of.
+    pub(crate) escalate: Vec<(Metric, Reason)>,
+}
+
+/// What a sensor measures.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Metric {
+    /// In degrees Celsius.
+    Temperature,
+    /// In percent.
+    Humidity,
+}
+
+/// What is known of a sensor: its item in the table.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct Climate {
+    #[serde(default)]
+    revision: u64,
+    /// The newest reading's sort key: older ones, and the same again, change nothing.
+    #[serde(default)]
+    newest: String,
+    #[serde(default)]
+    temperature: Control,
+    #[serde(default)]
+    humidity: Control,
+    /// What has been decided, and is not done yet.
+    #[serde(default)]
+    pending: Vec<Remedy>,
+    /// When all of this may be forgotten, in Unix seconds.
+    #[serde(default)]
+    expires_at: i64,
+}
+
+impl crate::item_table::Item for Climate {
+    const KEY: &'static str = "device";
+
+    fn revision(&mut self) -> &mut u64 {
+        &mut self.revision
+    }
+}
+
+impl Climate {
+    /// Follows a sensor's next reading.
+    pub(crate) fn follow(&mut self, rules: &Rules, sample: &Sample) {
+        let key = sample.sort_key();
+        if key <= self.newest {
+            return;
+        }
+        self.newest = key;
+        // An hour's actions count.
+        self.expires_at = sample.time / 1000 + 86_400;
+        let mut remedy = Remedy { sample: sample.clone(), act_on: vec![], escalate: vec![] };
+        for (metric, decision) in [
+            (Metric::Temperature, self.temperature.decide(&rules.temperature, sample.temperature, sample.time)),
+            (Metric::Humidity, self.humidity.decide(&rules.humidity, sample.humidity, sample.time)),
+        ] {
+            match decision {
+                Decision::Nothing => {}
+                Decision::Act => remedy.act_on.push(metric),
+                Decision::Escalate(reason) => remedy.escalate.push((metric, reason)),
+            }
+        }
+        if !remedy.act_on.is_empty() || !remedy.escalate.is_empty() {
+            self.pending.push(remedy);
+        }
+    }
+
+    /// What is not done yet, the oldest first.
+    pub(crate) fn pending(&self) -> &[Remedy] {
+        &self.pending
+    }
+
+    /// Notes that a remedy is done.
+    pub(crate) fn done(&mut self, remedy: &Remedy) {
+        self.pending.retain(|one| one.sample.sort_key() != remedy.sample.sort_key());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MINUTE: i64 = 60_000;
+
+    /// 21 ± 3, over at ± 2; five minutes between actions, three an hour, an effect after four minutes.
+    fn rule() -> Rule {
+        Rule {
+            target: 21.0,
+            band: 3.0,
+            hysteresis: 1.0,
+            cool_down: 5 * MINUTE,
+            actions_an_hour: 3,
+            effect_after: 4 * MINUTE,
+        }
+    }
+
+    /// Decides on values, each so many minutes after midnight.
+    fn decide(values: &[(i64, f64)]) -> Vec<Decision> {
+        let mut control = Control::default();
+        values.iter().map(|(minute, value)| control.decide(&rule(), *value, minute * MINUTE)).collect()
+    }
+
+    use Decision::{Act, Escalate, Nothing};
+
+    #[test]
+    fn nothing_is_done_within_the_band_on_either_side() {
+        assert_eq!(decide(&[(0, 21.0), (1, 24.0), (2, 18.0)]), [Nothing; 3]);
+        assert_eq!(decide(&[(0, 24.1)]), [Act]);
+        assert_eq!(decide(&[(0, 17.9)]), [Act]);
+    }
+
+    #[test]
+    fn what_is_begun_goes_on_until_the_value_is_well_within_the_band() {
+        // At 23.5 a calm sensor would be left alone.
+        assert_eq!(decide(&[(0, 25.0), (5, 23.5), (10, 23.0), (15, 23.5)]), [Act, Act, Nothing, Nothing]);
+    }
+
+    #[test]
+    fn actions_keep_their_distance() {
+        assert_eq!(decide(&[(0, 26.0), (1, 25.9), (4, 25.0), (5, 24.9)]), [Act, Nothing, Nothing, Act]);
+    }
+
+    #[test]
+    fn an_action_without_an_effect_is_told_of_once_and_not_repeated() {
+        let stuck = [(0, 26.0), (3, 26.0), (4, 26.0), (10, 27.0), (20, 25.0)];
+        assert_eq!(decide(&stuck), [Act, Nothing, Escalate(Reason::NoEffect), Nothing, Nothing]);
+        // Once it is back, it is dealt with again.
+        let back = [(0, 26.0), (4, 26.0), (10, 22.0), (20, 25.0)];
+        assert_eq!(decide(&back), [Act, Escalate(Reason::NoEffect), Nothing, Act]);
+    }
+
+    #[test]
+    fn an_effect_must_show_after_each_action() {
+        let values = [(0, 27.0), (4, 26.0), (5, 26.0), (9, 26.5)];
+        assert_eq!(decide(&values), [Act, Nothing, Act, Escalate(Reason::NoEffect)]);
+    }
+
+    #[test]
+    fn too_many_actions_in_an_hour_are_told_of() {
+        let slow = [(0, 27.0), (5, 26.8), (10, 26.6), (15, 26.4), (75, 26.2)];
+        assert_eq!(decide(&slow), [Act, Act, Act, Escalate(Reason::TooManyActions), Nothing]);
+        let in_time = [(0, 27.0), (5, 26.8), (10, 26.6), (60, 26.4)];
+        assert_eq!(decide(&in_time), [Act, Act, Act, Act]);
+    }
+
+    fn sample(minute: i64, id: &str, temperature: f64, humidity: f64) -> Sample {
+        Sample {
+            device: "sensor-1".parse().unwrap(),
+            time: minute * MINUTE,
+            id: id.parse().unwrap(),
+            temperature,
+            humidity,
+            building: "1".parse().unwrap(),
+            received_at: minute * MINUTE,
+        }
+    }
+
+    fn rules() -> Rules {
+        Rules { temperature: rule(), humidity: Rule { target: 50.0, band: 10.0, hysteresis: 2.0, ..rule() } }
+    }
+
+    #[test]
+    fn one_message_serves_both_metrics() {
+        let mut climate = Climate::default();
+        climate.follow(&rules(), &sample(1, "a", 26.0, 70.0));
+        assert_eq!(climate.pending().len(), 1);
+        assert_eq!(climate.pending()[0].act_on, [Metric::Temperature, Metric::Humidity]);
+        let remedy = climate.pending()[0].clone();
+        climate.done(&remedy);
+        assert_eq!(climate.pending(), []);
+    }
+
+    #[test]
+    fn a_reading_that_comes_again_or_late_changes_nothing() {
+        let mut climate = Climate::default();
+        climate.follow(&rules(), &sample(10, "a", 26.0, 50.0));
+        let known = climate.clone();
+        climate.follow(&rules(), &sample(10, "a", 26.0, 50.0));
+        climate.follow(&rules(), &sample(9, "b", 99.0, 50.0));
+        assert_eq!(climate, known);
+        climate.follow(&rules(), &sample(15, "c", 25.0, 50.0));
+        assert_eq!(climate.pending().len(), 2);
+    }
+
+    #[test]
+    fn an_item_is_what_it_was_when_it_is_read() {
+        let mut climate = Climate::default();
+        climate.follow(&rules(), &sample(10, "a", 26.0, 50.0));
+        let item: serde_dynamo::Item = serde_dynamo::to_item(&climate).unwrap();
+        assert_eq!(serde_dynamo::from_item::<_, Climate>(item).unwrap(), climate);
+    }
+}

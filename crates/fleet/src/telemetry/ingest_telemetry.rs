@@ -1,0 +1,265 @@
+//! Keeps a batch of readings: a row each, one object of the history, and the metrics.
+//!
+//! A row says which batch has taken its reading, and that batch's object in the history holds it, or it is not kept yet. So a
+//! reading is in the table and in the history once, however often its message comes and wherever a call has died before: who
+//! finds a row looks into the object. Metrics are added last, and the batch is finished then: only a call that dies between
+//! these two lets another add them again.
+
+use super::history::{History, batch_name};
+use super::metrics::Metrics;
+use super::readings::{Holder, Readings, Sample};
+use super::senders::Senders;
+use crate::lambda::QueuedMessage;
+use crate::queue::MqttMessage;
+use crate::{Error, ErrorName, config};
+use futures_util::future::join_all;
+use futures_util::{StreamExt, stream};
+use protocol::telemetry::{Reading, building_of_readings};
+use protocol::{DecodeError, ReadingId};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::ops::RangeInclusive;
+
+/// How many calls of a kind are under way at once.
+const AT_ONCE: usize = 32;
+/// After which a batch that is not finished has died, in milliseconds: longer than the function may run.
+const LONGEST_CALL: i64 = 15_000;
+/// How old a reading may be that a sensor has kept, and how far its clock may be ahead, in milliseconds.
+const OLDEST: i64 = 7 * 24 * 3_600_000;
+const AHEAD: i64 = 5 * 60_000;
+
+/// What the handler reaches.
+#[derive(Debug)]
+pub struct Adapters {
+    senders: Senders,
+    readings: Readings,
+    history: History,
+    metrics: Metrics,
+}
+
+/// Where readings are kept.
+#[derive(Debug, Clone)]
+pub struct Places {
+    /// The table of readings.
+    pub monitoring_table: String,
+    /// The table of batches.
+    pub batches_table: String,
+    /// How long rows are kept, in days.
+    pub reading_days: u32,
+    /// The bucket of the history.
+    pub bucket: String,
+}
+
+impl Places {
+    /// Those that the environment names.
+    pub fn from_environment() -> Result<Self, String> {
+        Ok(Self {
+            monitoring_table: config::required("MONITORING_TABLE")?,
+            batches_table: config::required("TELEMETRY_BATCHES_TABLE")?,
+            reading_days: config::number("READING_DAYS")?,
+            bucket: config::required("TELEMETRY_BUCKET")?,
+        })
+    }
+}
+
+impl Adapters {
+    /// Keeps readings in these places.
+    pub fn new(aws: &aws_config::SdkConfig, places: Places) -> Self {
+        let Places { monitoring_table, batches_table, reading_days, bucket } = places;
+        Self {
+            senders: Senders::new(aws),
+            readings: Readings::new(aws, monitoring_table, batches_table, reading_days),
+            history: History::new(aws, bucket),
+            metrics: Metrics::new(aws),
+        }
+    }
+}
+
+/// What one call has done, for its log: the costs of the pipeline are counted by it.
+#[derive(Debug, Default)]
+struct Tally {
+    stored: usize,
+    duplicates: usize,
+    objects: usize,
+    metric_calls: usize,
+}
+
+/// Keeps the readings of a batch of messages; says of each, in their order, how it went. `now` is in Unix milliseconds.
+pub async fn handle(adapters: &Adapters, messages: &[QueuedMessage], now: i64) -> Vec<Result<(), Error>> {
+    let read = stream::iter(messages.iter().map(|message| read(&adapters.senders, message)));
+    let read: Vec<_> = read.buffered(AT_ONCE).collect().await;
+    // What is in the batch twice is one reading.
+    let samples: HashMap<_, _> = read.iter().flatten().map(|sample| (sample.key(), sample)).collect();
+    // Boxed, for the compiler loses count of the calls below.
+    let kept = match Box::pin(keep(adapters, samples.into_values().collect(), now)).await {
+        Ok(kept) => kept,
+        Err(error) => return read.into_iter().map(|one| one.and(Err(error.clone()))).collect(),
+    };
+    let outcome = |sample: Sample| kept.get(&sample.key()).cloned().unwrap_or(Ok(()));
+    read.into_iter().map(|one| one.and_then(outcome)).collect()
+}
+
+/// Reads a message, and makes sure that it may say so.
+async fn read(senders: &Senders, message: &QueuedMessage) -> Result<Sample, Error> {
+    let mqtt = MqttMessage::parse(&message.body)?;
+    let building = building_of_readings(&mqtt.topic).ok_or_else(|| DecodeError::UnknownTopic(mqtt.topic.clone()))?;
+    let Reading { device, temperature, humidity, identity } = Reading::decode(&mqtt.payload()?)?;
+    let received_at = mqtt.received_at()?;
+    let (id, time) = match identity {
+        Some(identity) => (identity.id, identity.time),
+        None => (message.id.parse::<ReadingId>().map_err(crate::error::unbuilt)?, received_at),
+    };
+    within("body.temperature", temperature, &Reading::TEMPERATURES)?;
+    within("body.humidity", humidity, &Reading::HUMIDITIES)?;
+    within("body.time", time, &(received_at - OLDEST..=received_at + AHEAD))?;
+    if let Some(thing) = mqtt.sender() {
+        senders.check(thing, &device).await?;
+    }
+    Ok(Sample { device, time, id, temperature, humidity, building, received_at })
+}
+
+fn within<T: Copy + PartialOrd + std::fmt::Display>(
+    field: &str,
+    value: T,
+    range: &RangeInclusive<T>,
+) -> Result<(), Error> {
+    if range.contains(&value) {
+        return Ok(());
+    }
+    let message = format!("{field}: got {value}, expected {} to {}", range.start(), range.end());
+    Err(Error::new(ErrorName::ReadingOutOfRange, message))
+}
+
+/// How it went with a reading, by its key. Those that are not named went well.
+type Kept = HashMap<(String, String), Result<(), Error>>;
+
+/// What others have taken, by whom.
+type Held<'a> = BTreeMap<String, (Holder, Vec<&'a Sample>)>;
+
+async fn keep(adapters: &Adapters, samples: Vec<&Sample>, now: i64) -> Result<Kept, Error> {
+    let batch = Holder { batch: batch_name(now)?, taken_at: now };
+    let mut kept = Kept::new();
+    let mut tally = Tally::default();
+
+    let (mut ours, held) = take(&adapters.readings, samples, &batch, &mut kept).await;
+    let inherited = join_all(held.into_values().map(|(holder, samples)| inherit(adapters, holder, samples, &batch)));
+    for inherited in inherited.await {
+        ours.extend(inherited.ours);
+        kept.extend(inherited.failed);
+        tally.duplicates += inherited.duplicates;
+        tally.metric_calls += inherited.metric_calls;
+    }
+    if !ours.is_empty() {
+        match store(adapters, &batch.batch, &ours, now, &mut tally).await {
+            Ok(()) => tally.stored = ours.len(),
+            Err(error) => kept.extend(ours.into_iter().map(|sample| (sample.key(), Err(error.clone())))),
+        }
+    }
+    let Tally { stored, duplicates, objects, metric_calls } = tally;
+    tracing::info!(stored, duplicates, failed = kept.len(), objects, metric_calls, batch = batch.batch);
+    Ok(kept)
+}
+
+/// Takes what nobody has taken; returns it, and what others have.
+async fn take<'a>(
+    readings: &Readings,
+    samples: Vec<&'a Sample>,
+    batch: &Holder,
+    kept: &mut Kept,
+) -> (Vec<&'a Sample>, Held<'a>) {
+    let taken = samples.into_iter().map(async |sample| (sample, readings.take(sample, batch).await));
+    let taken: Vec<_> = stream::iter(taken).buffer_unordered(AT_ONCE).collect().await;
+    let (mut ours, mut held) = (Vec::new(), Held::new());
+    for (sample, holder) in taken {
+        match holder {
+            Ok(None) => ours.push(sample),
+            // The SDK's own second try finds what its first has written.
+            Ok(Some(holder)) if holder == *batch => ours.push(sample),
+            Ok(Some(holder)) => held.entry(holder.batch.clone()).or_insert((holder, Vec::new())).1.push(sample),
+            Err(error) => drop(kept.insert(sample.key(), Err(error))),
+        }
+    }
+    (ours, held)
+}
+
+/// What became of readings that another batch has taken.
+#[derive(Default)]
+struct Inherited<'a> {
+    ours: Vec<&'a Sample>,
+    failed: Kept,
+    duplicates: usize,
+    metric_calls: usize,
+}
+
+/// Sees to readings that another batch has taken: those that its object does not hold are taken over.
+async fn inherit<'a>(adapters: &Adapters, holder: Holder, samples: Vec<&'a Sample>, batch: &Holder) -> Inherited<'a> {
+    let mut inherited = Inherited::default();
+    let rest = match settle(adapters, &holder, batch.taken_at, &mut inherited.metric_calls).await {
+        Ok(Settled::All) => vec![],
+        Ok(Settled::Only(kept)) => samples.iter().copied().filter(|sample| !kept.contains(&sample.key())).collect(),
+        Err(error) => {
+            inherited.failed = samples.into_iter().map(|sample| (sample.key(), Err(error.clone()))).collect();
+            return inherited;
+        }
+    };
+    inherited.duplicates = samples.len() - rest.len();
+    let taken =
+        rest.into_iter().map(async |sample| (sample, adapters.readings.take_over(sample, &holder, batch).await));
+    let mut taken = stream::iter(taken).buffer_unordered(AT_ONCE);
+    while let Some((sample, taken)) = taken.next().await {
+        match taken {
+            Ok(true) => inherited.ours.push(sample),
+            Ok(false) => drop(inherited.failed.insert(sample.key(), Err(busy(&holder)))),
+            Err(error) => drop(inherited.failed.insert(sample.key(), Err(error))),
+        }
+    }
+    inherited
+}
+
+/// What another batch has kept.
+enum Settled {
+    /// All that it has taken.
+    All,
+    /// These.
+    Only(HashSet<(String, String)>),
+}
+
+/// Looks at another batch, and adds its metrics if it has died before it could. Fails with a transient error if somebody may be
+/// at it.
+async fn settle(adapters: &Adapters, holder: &Holder, now: i64, metric_calls: &mut usize) -> Result<Settled, Error> {
+    let Adapters { readings, history, metrics, .. } = adapters;
+    let is_finished = readings.is_finished(&holder.batch).await?;
+    if !is_finished && now - holder.taken_at < LONGEST_CALL {
+        return Err(busy(holder));
+    }
+    let Some(samples) = history.read(&holder.batch).await? else {
+        // The history may be kept for a shorter time than the rows.
+        return Ok(if is_finished { Settled::All } else { Settled::Only(HashSet::new()) });
+    };
+    if !is_finished {
+        if !readings.resume(&holder.batch, now, LONGEST_CALL).await? {
+            return Err(busy(holder));
+        }
+        *metric_calls += metrics.add(samples.iter(), now).await?;
+        readings.finish(&holder.batch, now).await?;
+    }
+    Ok(Settled::Only(samples.iter().map(Sample::key).collect()))
+}
+
+fn busy(holder: &Holder) -> Error {
+    let message = format!("another call is at the batch {}, which has taken the reading", holder.batch);
+    Error::new(ErrorName::ServiceUnavailable, message)
+}
+
+/// Writes what a batch has taken into the history and the metrics.
+async fn store(
+    adapters: &Adapters,
+    batch: &str,
+    samples: &[&Sample],
+    now: i64,
+    tally: &mut Tally,
+) -> Result<(), Error> {
+    adapters.history.write(batch, samples.iter().copied()).await?;
+    tally.objects += 1;
+    tally.metric_calls += adapters.metrics.add(samples.iter().copied(), now).await?;
+    adapters.readings.finish(batch, now).await
+}
