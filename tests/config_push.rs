@@ -5,6 +5,7 @@
 
 use aws_sdk_sfn::types::ExecutionStatus::{Failed, Succeeded};
 use aws_sdk_sfn::types::HistoryEventType;
+use base64::{Engine, prelude::BASE64_STANDARD};
 use device_simulator::settings_api::ApiFault;
 use device_simulator::{DeviceSpec, Fault, Faults};
 use fleet::devices::settings::{Push, SettingsTable};
@@ -195,12 +196,13 @@ async fn early_wrong_foreign_and_unreadable(cloud: &Cloud, spec: &DeviceSpec, ot
     device.answer(&others.operation_id, &name, done()).await;
     foreign.answer(&command.operation_id, &name, done()).await;
     let thing = &device.thing;
-    let unreadable = |payload: Vec<u8>| device.publish(Publication { topic: response_topic(thing), payload });
-    unreadable(br#"{"name":"SET_TEMP","operationId":"x","status":"done"}"#.to_vec()).await;
-    let too_large = format!(r#"{{"name":"SET_TEMP","padding":"{}"}}"#, "x".repeat(protocol::MAX_PAYLOAD_BYTES));
-    unreadable(too_large.into_bytes()).await;
-    for _ in 0..2 {
-        assert_eq!(cloud.dead_letter(&response_topic(thing)).await, "MalformedMessage");
+    let unknown = format!(r#"{{"name":"SET_TEMP","operationId":"{thing}","status":"done"}}"#);
+    let too_large = format!(r#"{{"name":"{thing}","padding":"{}"}}"#, "x".repeat(protocol::MAX_PAYLOAD_BYTES));
+    for (payload, error) in [(unknown, "MalformedMessage"), (too_large, "MessageTooLarge")] {
+        // The beginning tells it from others: of what is too large not all is kept.
+        let start = BASE64_STANDARD.encode(&payload[..payload.len().min(60)]);
+        device.publish(Publication { topic: response_topic(thing), payload: payload.into_bytes() }).await;
+        assert_eq!(cloud.dead_letter(&start).await, error);
     }
     assert_eq!(cloud.dead_letters(&response_topic(thing)).await, 2);
     // Nothing of it has ended or confirmed anything.

@@ -5,6 +5,7 @@ mod faults;
 mod firmware;
 mod on_premises;
 mod recovery;
+mod telemetry;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -59,6 +60,8 @@ enum Workflow {
     Recovery,
     /// Two workers of a tenant run jobs, and one takes over when the other is killed.
     OnPremises,
+    /// Sensors drift out of their band and are brought back.
+    Telemetry,
 }
 
 /// The protocols of the simulated devices.
@@ -87,6 +90,7 @@ pub(crate) fn demo(project: &Project, options: &DemoOptions) -> Result<()> {
         Workflow::Config => config::demo(project, options),
         Workflow::Recovery => recovery::demo(project, options),
         Workflow::OnPremises => on_premises::demo(project, options),
+        Workflow::Telemetry => telemetry::demo(project, options),
     }
 }
 
