@@ -342,9 +342,9 @@ fn the_dashboard_is_json_and_shows_metrics_that_there_are() {
     all(&body, "metrics", &mut widgets);
     let metrics = widgets.into_iter().flat_map(|metrics| metrics.as_array().expect("metrics"));
     // A shorter one repeats the metric before it.
-    let named = metrics.filter(|metric| metric.as_array().is_some_and(|parts| parts.len() > 3));
-    let names: BTreeSet<&str> = named.filter_map(|metric| metric[1].as_str()).collect();
-    assert_eq!(names, BTreeSet::from(METRICS));
+    let whole = metrics.filter(|metric| metric.as_array().is_some_and(|parts| parts.len() > 3));
+    let shown: BTreeSet<&str> = whole.filter_map(|metric| metric[1].as_str()).collect();
+    assert_eq!(shown, BTreeSet::from(METRICS));
 }
 
 /// Six of each building, each with somebody who is told and a deliberate way with missing data.

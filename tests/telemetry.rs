@@ -16,6 +16,7 @@ use flate2::read::GzDecoder;
 use fleet::ErrorName;
 use fleet::lambda::QueuedMessage;
 use fleet::telemetry::ingest_telemetry::{self, Adapters, Places};
+use fleet::telemetry::remediate;
 use protocol::telemetry::{Reading, ReadingIdentity, Remediation, readings_topic, remediations_topic};
 use protocol::{Building, ProtocolName, Publication, SensorId};
 use rumqttc::QoS;
@@ -619,4 +620,115 @@ async fn a_building_that_is_too_warm_raises_an_alarm_and_ends_it() {
     };
     send("warm", 60.0).await;
     alarm(&cloud, &alarms, &["Building2TemperatureMaximumAlarm", "ALARM"]).await;
+}
+
+/// A row that nobody can read is put aside, and those behind it are acted on.
+#[tokio::test]
+#[ignore = "needs the local cloud: cargo xtask test"]
+async fn a_poison_row_stops_no_other() {
+    let cloud = Cloud::connect().await;
+    let building = own_building();
+    let poisoned = format!("poison-{}", random());
+    let text = |value: &str| AttributeValue::S(value.to_owned());
+    let put = cloud.dynamodb.put_item().table_name(cloud.output("MonitoringTableName"));
+    let put = put.item("device", text(&poisoned)).item("reading", text("0#0")).item("temperature", text("warm"));
+    put.send().await.unwrap();
+    let things = sensors(&cloud, "behind", 1, &[("building", building.as_str())]).await;
+    let drifting = SensorOptions { min_temperature: 26.0, ..options(&building) };
+    let (_running, mut events) = Sensors::start(&drifting, named(&things)).unwrap();
+    remediated(&mut events).await;
+    assert_eq!(cloud.dead_letter(&poisoned).await, ErrorName::MalformedMessage.as_str());
+}
+
+/// `remediate` dies before or after each of its calls; the stream delivers again. The sensor is told, once as a rule and twice if
+/// the death came between telling it and noting that; what was done is noted once.
+#[tokio::test]
+#[ignore = "needs the local cloud: cargo xtask test"]
+async fn a_remediation_survives_a_death_at_any_point() {
+    let cloud = Cloud::connect().await;
+    let rule = remediate::Rule {
+        target: 21.0,
+        band: 3.0,
+        hysteresis: 1.0,
+        cool_down: MINUTE,
+        actions_an_hour: 6,
+        effect_after: MINUTE,
+    };
+    let rules = remediate::Rules { humidity: remediate::Rule { target: 50.0, ..rule.clone() }, temperature: rule };
+    let places = remediate::Places {
+        // Any table with that key will do, and the stack's function must not see these.
+        climates_table: climates_table(&cloud).await,
+        remediations_table: cloud.output("RemediationsTableName").to_owned(),
+        reading_days: 20,
+        alarm_topic_arn: cloud.output("AlarmTopicArn").to_owned(),
+        dead_letter_queue_url: cloud.output("DeadLetterQueueUrl").to_owned(),
+    };
+    let things = sensors(&cloud, "listener", 1, &[]).await;
+    let mut listener = MqttDevice::connect(&things[0], true).await;
+    let building = own_building();
+    listener.subscribe(remediations_topic(&building), QoS::AtLeastOnce).await;
+
+    // Read, decide, note, tell, mark, read again, and note that it is done.
+    for call in 1..=7 {
+        for crash in [Crash::Before(call), Crash::After(call)] {
+            let device = format!("dying-{}", random());
+            let time = now();
+            let event = stream_event(&device, &building, time, 27.0);
+            for config in [crashing(&cloud.config, crash).0, cloud.config.clone(), cloud.config.clone()] {
+                let adapters = remediate::Adapters::new(&config, places.clone(), rules.clone());
+                remediate::handle(&adapters, event.clone(), time).await;
+            }
+            let told = told_before(&mut listener, &device, &cloud, &building).await;
+            // The publication is the fourth call; the fifth's failure is not worth telling twice.
+            let is_unknown = matches!(crash, Crash::After(4 | 6) | Crash::Before(6 | 7));
+            assert_eq!(told, if is_unknown { 2 } else { 1 }, "{crash:?}");
+            assert_eq!(remediations_of(&cloud, &device).await.len(), 1, "{crash:?}");
+        }
+    }
+}
+
+/// A table of the test's own, as that of the stack.
+async fn climates_table(cloud: &Cloud) -> String {
+    use aws_sdk_dynamodb::types::{AttributeDefinition, BillingMode, KeySchemaElement, KeyType, ScalarAttributeType};
+    let name = format!("climates-{}", random());
+    let attribute = AttributeDefinition::builder().attribute_name("device").attribute_type(ScalarAttributeType::S);
+    let key = KeySchemaElement::builder().attribute_name("device").key_type(KeyType::Hash);
+    let create = cloud.dynamodb.create_table().table_name(&name).billing_mode(BillingMode::PayPerRequest);
+    let create = create.attribute_definitions(attribute.build().unwrap()).key_schema(key.build().unwrap());
+    create.send().await.unwrap();
+    name
+}
+
+/// A new row, as the stream of the table tells of it.
+fn stream_event(device: &str, building: &Building, time: i64, temperature: f64) -> remediate::Event {
+    let text = |value: &str| json!({ "S": value });
+    let number = |value: String| json!({ "N": value });
+    serde_json::from_value(json!({"Records": [{
+        "eventID": "1", "eventName": "INSERT", "awsRegion": "eu-west-1", "eventSource": "aws:dynamodb",
+        "dynamodb": {
+            "ApproximateCreationDateTime": 1, "SequenceNumber": "1", "SizeBytes": 1, "StreamViewType": "NEW_IMAGE",
+            "Keys": {"device": text(device), "reading": text("1")},
+            "NewImage": {
+                "device": text(device), "id": text("r"), "building": text(building.as_str()),
+                "time": number(time.to_string()), "receivedAt": number(time.to_string()),
+                "temperature": number(temperature.to_string()), "humidity": number("50".to_owned()),
+            },
+        },
+    }]}))
+    .unwrap()
+}
+
+/// How often a sensor was told, before a last message that the test sends itself.
+async fn told_before(listener: &mut MqttDevice, device: &str, cloud: &Cloud, building: &Building) -> usize {
+    let end = Remediation { device: "end".parse().unwrap(), temperature: 0.0, humidity: 0.0 }.encode(building);
+    let publish = cloud.mqtt.publish().topic(end.topic).qos(1).payload(end.payload.into());
+    publish.send().await.unwrap();
+    let mut told = 0;
+    loop {
+        let message = Remediation::decode(&listener.message().await.payload).unwrap();
+        if message.device.as_str() == "end" {
+            return told;
+        }
+        told += usize::from(message.device.as_str() == device);
+    }
 }

@@ -113,9 +113,14 @@ pub struct DeadLetters {
 }
 
 impl DeadLetters {
+    /// Sends to that queue.
+    pub fn new(config: &aws_config::SdkConfig, queue_url: String) -> Self {
+        Self { client: Client::new(config), queue_url }
+    }
+
     /// Sends to the queue that `DEAD_LETTER_QUEUE_URL` names.
     pub fn from_environment(config: &aws_config::SdkConfig) -> Result<Self, String> {
-        Ok(Self { client: Client::new(config), queue_url: crate::config::required("DEAD_LETTER_QUEUE_URL")? })
+        Ok(Self::new(config, crate::config::required("DEAD_LETTER_QUEUE_URL")?))
     }
 
     /// Keeps a message that will never pass, with the reason and the queue that it came from as attributes. Of a body that leaves

@@ -13,7 +13,7 @@ use tokio::select;
 use tokio::sync::mpsc::UnboundedReceiver;
 
 /// Half of the chart's columns: the base is in the middle.
-const HALF: usize = 20;
+const HALF: u8 = 20;
 
 #[derive(Debug, Args)]
 #[command(group = ArgGroup::new("sensors").args(["count", "thing"]))]
@@ -42,7 +42,7 @@ pub(super) struct Monitor {
     /// How high the waves of temperature (in °C) and humidity (in %) are
     #[arg(long, value_name = "NUMBER", default_value_t = 5.0, allow_negative_numbers = true)]
     velocity: f64,
-    /// How long after a reading comes the next
+    /// How long after a reading comes the next; a number alone is seconds
     #[arg(long, value_name = "TIME", default_value = "1s", value_parser = positive)]
     update_frequency: Duration,
     /// How much a remediation changes temperature (in °C) and humidity (in %)
@@ -89,8 +89,13 @@ impl LogLevel {
     }
 }
 
+/// A time; a number alone is seconds.
 fn positive(text: &str) -> Result<Duration, String> {
-    let duration: Duration = text.parse().map_err(|error| format!("{error}"))?;
+    let seconds = text.parse().ok().and_then(|seconds| std::time::Duration::try_from_secs_f64(seconds).ok());
+    let duration = match seconds {
+        Some(seconds) => seconds.into(),
+        None => text.parse::<Duration>().map_err(|error| error.to_string())?,
+    };
     if duration.is_zero() { Err("expected more than nothing".to_owned()) } else { Ok(duration) }
 }
 
@@ -191,7 +196,8 @@ impl Monitor {
 #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "it is between 0 and the line's length")]
 fn chart(temperature: f64, base: f64, velocity: f64) -> String {
     let reach = 2.0 * velocity.abs().max(0.5);
-    let column = ((temperature - base) / reach).clamp(-1.0, 1.0).mul_add(HALF as f64, HALF as f64).round() as usize;
+    let from_middle = ((temperature - base) / reach).clamp(-1.0, 1.0);
+    let column = ((from_middle + 1.0) * f64::from(HALF)).round() as u8;
     let mark = |at| match at {
         at if at == column => '●',
         HALF => '┊',
@@ -205,11 +211,19 @@ mod tests {
     use super::*;
 
     #[test]
+    fn the_time_between_readings_is_more_than_nothing_and_a_number_is_seconds() {
+        let read = |text| positive(text).map(|duration| duration.as_millis());
+        assert_eq!([read("250ms"), read("2"), read("0.5")], [Ok(250), Ok(2000), Ok(500)]);
+        assert!(read("0s").is_err() && read("-1").is_err() && read("soon").is_err());
+    }
+
+    #[test]
     fn the_chart_shows_where_the_temperature_is() {
         let column = |temperature| chart(temperature, 20.0, 5.0).chars().position(|mark| mark == '●');
-        assert_eq!(column(20.0), Some(HALF + 1));
+        let half = usize::from(HALF);
+        assert_eq!(column(20.0), Some(half + 1));
         assert_eq!(column(10.0), Some(1));
-        assert_eq!(column(99.0), Some(2 * HALF + 1));
-        assert_eq!(chart(25.0, 20.0, 5.0).chars().count(), 2 * HALF + 3);
+        assert_eq!(column(99.0), Some(2 * half + 1));
+        assert_eq!(chart(25.0, 20.0, 5.0).chars().count(), 2 * half + 3);
     }
 }

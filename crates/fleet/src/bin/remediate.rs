@@ -1,10 +1,10 @@
 //! `RemediateFunction`
 
-use fleet::telemetry::remediate::{self, Adapters};
+use fleet::telemetry::remediate::{self, Adapters, Places, Rules};
 use fleet::{aws, lambda};
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<(), lambda_runtime::Error> {
-    let adapters = &Adapters::from_environment(&aws::load().await)?;
+    let adapters = &Adapters::new(&aws::load().await, Places::from_environment()?, Rules::from_environment()?);
     lambda::run(move |event| async move { Ok(remediate::handle(adapters, event, aws::now_millis()).await) }).await
 }

@@ -8,26 +8,28 @@ const HOUR: i64 = 3_600_000;
 
 /// The rule of a metric.
 #[derive(Debug, Clone, PartialEq)]
-pub(crate) struct Rule {
+pub struct Rule {
     /// Where the value shall be, in the metric's unit.
-    pub(crate) target: f64,
+    pub target: f64,
     /// How far off it may be before something is done.
-    pub(crate) band: f64,
+    pub band: f64,
     /// How much nearer than that it must come before that is over.
-    pub(crate) hysteresis: f64,
+    pub hysteresis: f64,
     /// How long after an action there is no other, in milliseconds.
-    pub(crate) cool_down: i64,
+    pub cool_down: i64,
     /// So many actions an hour at most.
-    pub(crate) actions_an_hour: usize,
+    pub actions_an_hour: usize,
     /// How long after an action a reading must have come nearer to the target, in milliseconds.
-    pub(crate) effect_after: i64,
+    pub effect_after: i64,
 }
 
 /// The rules of both metrics.
 #[derive(Debug, Clone, PartialEq)]
-pub(crate) struct Rules {
-    pub(crate) temperature: Rule,
-    pub(crate) humidity: Rule,
+pub struct Rules {
+    /// In degrees Celsius.
+    pub temperature: Rule,
+    /// In percent.
+    pub humidity: Rule,
 }
 
 /// What is being done about a metric of a sensor.

@@ -3,7 +3,8 @@
 //! What is decided is kept before it is done: a call that dies in between lets the next one do it. All of a sensor's readings in
 //! a batch are followed with one read and one write, so that a flood of one sensor costs the others nothing.
 
-use super::climate::{Climate, Metric, Reason, Remedy, Rule, Rules};
+use super::climate::{Climate, Metric, Reason, Remedy};
+pub use super::climate::{Rule, Rules};
 use super::metrics::Metrics;
 use super::readings::Sample;
 use crate::aws::{number, text};
@@ -11,7 +12,8 @@ use crate::error::{aws, unbuilt};
 use crate::item_table::ItemTable;
 use crate::queue::DeadLetters;
 use crate::{Error, ErrorName, config};
-use aws_lambda_events::event::dynamodb::{Event, EventRecord};
+pub use aws_lambda_events::event::dynamodb::Event;
+use aws_lambda_events::event::dynamodb::EventRecord;
 use aws_lambda_events::event::streams::{DynamoDbBatchItemFailure, DynamoDbEventResponse};
 use aws_sdk_iotdataplane::primitives::Blob;
 use futures_util::{StreamExt, stream};
@@ -27,32 +29,63 @@ const OLDEST: i64 = 10 * 60_000;
 #[derive(Debug)]
 pub struct Adapters {
     rules: Rules,
+    places: Places,
     climates: ItemTable<Climate>,
-    remediations: aws_sdk_dynamodb::Client,
-    remediations_table: String,
-    keep_days: u32,
+    dynamodb: aws_sdk_dynamodb::Client,
     mqtt: aws_sdk_iotdataplane::Client,
     sns: aws_sdk_sns::Client,
-    alarm_topic_arn: String,
     metrics: Metrics,
     dead_letters: DeadLetters,
 }
 
-impl Adapters {
-    /// What the environment names.
-    pub fn from_environment(aws: &aws_config::SdkConfig) -> Result<Self, String> {
+/// Where things are noted, and said.
+#[derive(Debug, Clone)]
+pub struct Places {
+    /// The table of what is being done about each sensor.
+    pub climates_table: String,
+    /// The table of what was done.
+    pub remediations_table: String,
+    /// How long that is kept, in days.
+    pub reading_days: u32,
+    /// Where people are told.
+    pub alarm_topic_arn: String,
+    /// Where rows go that nobody can read.
+    pub dead_letter_queue_url: String,
+}
+
+impl Places {
+    /// Those that the environment names.
+    pub fn from_environment() -> Result<Self, String> {
         Ok(Self {
-            rules: Rules { temperature: rule("TEMPERATURE")?, humidity: rule("HUMIDITY")? },
-            climates: ItemTable::new(aws, config::required("CLIMATES_TABLE")?),
-            remediations: aws_sdk_dynamodb::Client::new(aws),
+            climates_table: config::required("CLIMATES_TABLE")?,
             remediations_table: config::required("REMEDIATIONS_TABLE")?,
-            keep_days: config::number("READING_DAYS")?,
+            reading_days: config::number("READING_DAYS")?,
+            alarm_topic_arn: config::required("ALARM_TOPIC_ARN")?,
+            dead_letter_queue_url: config::required("DEAD_LETTER_QUEUE_URL")?,
+        })
+    }
+}
+
+impl Adapters {
+    /// Follows readings by these rules.
+    pub fn new(aws: &aws_config::SdkConfig, places: Places, rules: Rules) -> Self {
+        Self {
+            rules,
+            climates: ItemTable::new(aws, places.climates_table.clone()),
+            dynamodb: aws_sdk_dynamodb::Client::new(aws),
             mqtt: aws_sdk_iotdataplane::Client::new(aws),
             sns: aws_sdk_sns::Client::new(aws),
-            alarm_topic_arn: config::required("ALARM_TOPIC_ARN")?,
             metrics: Metrics::new(aws),
-            dead_letters: DeadLetters::from_environment(aws)?,
-        })
+            dead_letters: DeadLetters::new(aws, places.dead_letter_queue_url.clone()),
+            places,
+        }
+    }
+}
+
+impl Rules {
+    /// Those that the environment names.
+    pub fn from_environment() -> Result<Self, String> {
+        Ok(Self { temperature: rule("TEMPERATURE")?, humidity: rule("HUMIDITY")? })
     }
 }
 
@@ -166,13 +199,13 @@ async fn record(adapters: &Adapters, remedy: &Remedy) -> Result<(), Error> {
     let fields = serde_dynamo::to_item(remedy).map_err(unbuilt)?;
     let sample = &remedy.sample;
     let put = adapters
-        .remediations
+        .dynamodb
         .put_item()
-        .table_name(&adapters.remediations_table)
+        .table_name(&adapters.places.remediations_table)
         .set_item(Some(fields))
         .item("device", text(sample.device.as_str()))
         .item("reading", text(sample.sort_key()))
-        .item("expiresAt", number(sample.received_at / 1000 + i64::from(adapters.keep_days) * 86_400));
+        .item("expiresAt", number(sample.received_at / 1000 + i64::from(adapters.places.reading_days) * 86_400));
     put.send().await.map(|_| ()).map_err(|error| aws("dynamodb:PutItem", &error))
 }
 
@@ -190,7 +223,7 @@ async fn escalate_to_people(adapters: &Adapters, sample: &Sample, metric: Metric
         "The {name} at {device} (building {building}) is {value}, expected {} ± {}: {why}. Nothing more is tried until it is back.",
         rule.target, rule.band
     );
-    let publish = adapters.sns.publish().topic_arn(&adapters.alarm_topic_arn);
+    let publish = adapters.sns.publish().topic_arn(&adapters.places.alarm_topic_arn);
     let publish = publish.subject(format!("Remediation of {name} has not helped")).message(message);
     publish.send().await.map(|_| ()).map_err(|error| aws("sns:Publish", &error))
 }
