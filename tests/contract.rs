@@ -3,7 +3,7 @@
 use fleet::ErrorName;
 use fleet::recovery::Decision;
 use fleet::recovery::restore_attributes::{Action, Outcome};
-use fleet::telemetry::{METRICS, NAMESPACE};
+use fleet::telemetry::{METRICS, NAMESPACE, ingest_telemetry};
 use protocol::events::EventType;
 use protocol::recovery::UpdateStatus;
 use protocol::telemetry::{readings_topic, remediations_topic};
@@ -333,6 +333,18 @@ fn the_stream_of_readings_brings_new_ones_and_cannot_get_stuck() {
     assert_eq!(mapping["Enabled"], "RemediationEnabled");
 }
 
+/// A call that takes a batch of readings over must know that the other one has ended.
+#[test]
+fn a_batch_of_readings_is_taken_over_only_from_a_call_that_has_ended() {
+    let template = template();
+    let timeout = template["Globals"]["Function"]["Timeout"].as_i64().expect("Timeout");
+    assert!(template["Resources"]["IngestTelemetryFunction"]["Properties"]["Timeout"].is_null(), "it has the default");
+    assert!(timeout * 1000 < ingest_telemetry::LONGEST_CALL);
+    let visibility = template["Resources"]["TelemetryQueue"]["Properties"]["VisibilityTimeout"].as_i64();
+    let window = template["Parameters"]["TelemetryWindowSeconds"]["MaxValue"].as_i64();
+    assert!(visibility.expect("VisibilityTimeout") >= 6 * timeout + window.expect("MaxValue"));
+}
+
 /// A dashboard that CloudWatch cannot read is deployed all the same, and is empty.
 #[test]
 fn the_dashboard_is_json_and_shows_metrics_that_there_are() {
@@ -475,8 +487,8 @@ fn roles_allow_named_actions_on_named_resources() {
     }
     let everything = read("template.yaml").lines().filter(|line| line.trim() == "Resource: \"*\"").count();
     assert_eq!(
-        everything, 7,
-        "only log delivery (of four state machines), the account's IoT settings and metrics (twice) know no resources"
+        everything, 8,
+        "only log delivery (of four state machines), the account's IoT settings and metrics (three times) know no resources"
     );
 }
 
@@ -522,7 +534,7 @@ fn allowed(function: &str) -> BTreeSet<String> {
 /// Beside each function but those of the firmware upgrade alone stands what its code calls.
 #[test]
 fn a_role_allows_what_its_function_calls_and_nothing_else() {
-    let cases: [(&str, &[&str]); 10] = [
+    let cases: [(&str, &[&str]); 11] = [
         (
             "IngestTelemetryFunction",
             &[
@@ -540,10 +552,25 @@ fn a_role_allows_what_its_function_calls_and_nothing_else() {
             ],
         ),
         (
+            "CheckRemediationFunction",
+            &[
+                "SNSPublishMessagePolicy on AlarmTopic.TopicName",
+                "SQSPollerPolicy on RemediationChecksQueue.QueueName",
+                "SQSSendMessagePolicy on DeadLetterQueue.QueueName",
+                "SQSSendMessagePolicy on RemediationChecksQueue.QueueName",
+                "cloudwatch:PutMetricData on *",
+                "dynamodb:GetItem on ClimatesTable.Arn",
+                "dynamodb:PutItem on ClimatesTable.Arn",
+                "dynamodb:PutItem on RemediationsTable.Arn",
+                "iot:Publish on iot:topic/monitoring-device/remediation-*",
+            ],
+        ),
+        (
             "RemediateFunction",
             &[
                 "SNSPublishMessagePolicy on AlarmTopic.TopicName",
                 "SQSSendMessagePolicy on DeadLetterQueue.QueueName",
+                "SQSSendMessagePolicy on RemediationChecksQueue.QueueName",
                 "cloudwatch:PutMetricData on *",
                 "dynamodb:DescribeStream on MonitoringTable.StreamArn",
                 "dynamodb:GetItem on ClimatesTable.Arn",

@@ -795,6 +795,7 @@ mod tests {
             client_id: spec.thing.to_string(),
             endpoint,
             tls: Arc::new(tls),
+            clean_session: false,
             filters: vec![],
             handshakes: Arc::new(Semaphore::new(1)),
             on_failure: Box::new(|_| ()),

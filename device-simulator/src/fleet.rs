@@ -444,6 +444,7 @@ fn connection(
         client_id: spec.thing.to_string(),
         endpoint,
         tls,
+        clean_session: false,
         filters: vec![spec.protocol.encoding().command_filter(&spec.thing), settings::request_topic(&spec.thing)],
         handshakes: Arc::clone(handshakes),
         on_failure: Box::new(move |why| context.connection_failed(why)),

@@ -106,14 +106,14 @@ impl Surroundings {
         measured
     }
 
-    /// Acts on what the sensor was told; returns the change of temperature.
-    fn remediate(&mut self, remediation: &Remediation) -> f64 {
-        let Some((temperature, humidity)) = self.last else { return 0.0 };
+    /// Acts on what the sensor was told; returns the change of temperature, if it has measured anything yet.
+    fn remediate(&mut self, remediation: &Remediation) -> Option<f64> {
+        let (temperature, humidity) = self.last?;
         let toward = |target: f64, last: f64| if target < last { -self.factor } else { self.factor };
         let change = toward(remediation.temperature, temperature);
         self.humidity += toward(remediation.humidity, humidity);
         self.temperature += change;
-        change
+        Some(change)
     }
 }
 
@@ -145,6 +145,7 @@ impl Sensors {
                 client_id: spec.thing.to_string(),
                 endpoint: options.endpoint.clone(),
                 tls: trust.of_client(&certificate, &key, options.endpoint.port).map_err(StartError::new)?,
+                clean_session: true,
                 filters: vec![remediations_topic(&options.building)],
                 handshakes: Arc::clone(&handshakes),
                 on_failure: Box::new(move |why| *lock(&failure) = Some(why.to_owned())),
@@ -229,9 +230,10 @@ impl Sensor {
         match Remediation::decode(delivery.payload()) {
             // All sensors of a building hear each other's.
             Ok(remediation) if remediation.device == self.device => {
-                let change = self.surroundings.remediate(&remediation);
-                let (device, time, target) = (self.device.clone(), now_milliseconds(), remediation.temperature);
-                self.tell(SensorEvent::Remediated { device, time, target, change });
+                if let Some(change) = self.surroundings.remediate(&remediation) {
+                    let (device, time, target) = (self.device.clone(), now_milliseconds(), remediation.temperature);
+                    self.tell(SensorEvent::Remediated { device, time, target, change });
+                }
             }
             Ok(_) => {}
             Err(error) => tracing::warn!("{}: {error}", self.device),
@@ -283,11 +285,11 @@ mod tests {
     #[test]
     fn a_sensor_cools_if_it_is_told_a_lower_temperature_than_its_last_and_else_warms() {
         let mut calm = surroundings(0.0, 1.5);
-        assert_eq!(calm.remediate(&told(10.0)), 0.0, "nothing is known yet");
+        assert_eq!(calm.remediate(&told(10.0)), None, "nothing is known yet");
         calm.measure();
-        assert_eq!(calm.remediate(&told(19.9)), -1.5);
+        assert_eq!(calm.remediate(&told(19.9)), Some(-1.5));
         assert_eq!(calm.measure(), (18.5, 93.5));
-        assert_eq!(calm.remediate(&told(18.5)), 1.5);
+        assert_eq!(calm.remediate(&told(18.5)), Some(1.5));
         assert_eq!(calm.measure().0, 20.0);
     }
 }

@@ -36,17 +36,16 @@ impl Display {
             bar.set_style(style.progress_chars("=> "));
         }
         let level = if has_bar || verbosity == Verbosity::Quiet { "warn" } else { "info" };
-        Self { bar }.with_log(level)
+        Self { bar }.with_log(EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level)))
     }
 
     /// Starts the log alone: no bar, and lines from that level on.
     pub fn log(level: &str) -> Self {
-        Self { bar: ProgressBar::hidden() }.with_log(level)
+        Self { bar: ProgressBar::hidden() }.with_log(EnvFilter::new(level))
     }
 
-    fn with_log(self, level: &str) -> Self {
+    fn with_log(self, filter: EnvFilter) -> Self {
         let display = self;
-        let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
         // A log that exists already, in a test, is as good.
         let _ = tracing_subscriber::fmt()
             .with_env_filter(filter)

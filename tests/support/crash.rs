@@ -11,7 +11,7 @@ use aws_smithy_types::retry::RetryConfig;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// When the process dies.
+/// When the process dies; its later calls do not happen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Crash {
     /// Before its call of that number, from 1, has any effect.
@@ -54,7 +54,8 @@ impl HttpConnector for Connector {
     fn call(&self, request: HttpRequest) -> HttpConnectorFuture {
         let call = self.calls.fetch_add(1, Ordering::SeqCst) + 1;
         let death = || ConnectorError::other("the process has died".into(), None);
-        if self.crash == Crash::Before(call) {
+        let (Crash::Before(first) | Crash::After(first)) = self.crash;
+        if call > first || self.crash == Crash::Before(call) {
             return HttpConnectorFuture::ready(Err(death()));
         }
         let response = self.inner.call(request);

@@ -23,14 +23,16 @@ pub enum Refusal {
     Down,
 }
 
-/// A service that refuses its first calls.
+/// A service that refuses some calls.
 #[derive(Debug, Clone, Copy)]
 pub struct Outage {
     /// As it is called in signatures, such as `dynamodb`.
     pub service: &'static str,
     /// How it refuses.
     pub refusal: Refusal,
-    /// How many calls.
+    /// How many calls it answers before.
+    pub after: usize,
+    /// How many calls it refuses then.
     pub calls: usize,
 }
 
@@ -67,7 +69,8 @@ impl HttpConnector for Connector {
     fn call(&self, request: HttpRequest) -> HttpConnectorFuture {
         let scope = request.headers().get("authorization").unwrap_or_default();
         let is_meant = scope.contains(&format!("/{}/aws4_request", self.outage.service));
-        if !is_meant || self.calls.fetch_add(1, Ordering::SeqCst) >= self.outage.calls {
+        let Outage { after, calls, .. } = self.outage;
+        if !is_meant || !(after..after + calls).contains(&self.calls.fetch_add(1, Ordering::SeqCst)) {
             return self.inner.call(request);
         }
         HttpConnectorFuture::ready(match self.outage.refusal {

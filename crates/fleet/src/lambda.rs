@@ -48,7 +48,6 @@ pub async fn run_queue<F>(
 where
     F: Future<Output = Result<(), Error>>,
 {
-    init_default_subscriber();
     let handler = &handler;
     run_batches(dead_letters, move |messages| async move {
         join_all(messages.iter().map(|message| handler(message.body.clone()))).await

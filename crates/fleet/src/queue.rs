@@ -25,6 +25,9 @@ pub struct MqttMessage {
     /// (<https://docs.aws.amazon.com/iot/latest/developerguide/iot-sql-functions.html#iot-function-principal>).
     #[serde(default)]
     principal: Option<String>,
+    /// The topic rule's name for it, the same wherever it is sent again. Only where messages have no names of their own.
+    #[serde(default)]
+    pub id: Option<String>,
     /// When the broker got it, in Unix milliseconds.
     #[serde(default, rename = "receivedAt")]
     received_at: Option<i64>,
@@ -105,6 +108,12 @@ impl Queue {
     }
 }
 
+/// Whether SQS takes the character in an attribute
+/// (<https://docs.aws.amazon.com/AWSSimpleQueueService/latest/APIReference/API_SendMessage.html>).
+fn is_allowed(c: char) -> bool {
+    matches!(c, '\t' | '\n' | '\r' | '\u{20}'..='\u{fffd}' | '\u{10000}'..)
+}
+
 /// The dead-letter queue.
 #[derive(Debug, Clone)]
 pub struct DeadLetters {
@@ -128,7 +137,7 @@ impl DeadLetters {
     pub async fn send(&self, mut body: String, source: Option<&str>, reason: &Error) -> Result<(), Error> {
         body.truncate(body.floor_char_boundary(MAX_BODY_BYTES));
         let mut request = self.client.send_message().queue_url(&self.queue_url).message_body(body);
-        let message = reason.message.chars().take(1000).collect();
+        let message = reason.message.chars().take(1000).map(|c| if is_allowed(c) { c } else { '\u{fffd}' }).collect();
         for (name, value) in [
             ("errorType", reason.name.as_str().to_owned()),
             ("errorMessage", message),
@@ -145,6 +154,13 @@ impl DeadLetters {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_reason_has_no_characters_that_a_queue_refuses() {
+        let all = "\u{0}\u{1}\t\n\r ä\u{d7ff}\u{e000}\u{fffd}\u{fffe}\u{ffff}\u{10000}\u{10ffff}";
+        let allowed: String = all.chars().filter(|c| is_allowed(*c)).collect();
+        assert_eq!(allowed, "\t\n\r ä\u{d7ff}\u{e000}\u{fffd}\u{10000}\u{10ffff}");
+    }
 
     #[test]
     fn a_device_reports_on_itself_only_and_people_on_any() {

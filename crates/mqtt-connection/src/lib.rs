@@ -88,6 +88,8 @@ pub struct ConnectionSettings {
     pub endpoint: Endpoint,
     /// How to trust the broker, and to be trusted.
     pub tls: Arc<ClientConfig>,
+    /// Whether the broker forgets what it has for the client when the connection ends.
+    pub clean_session: bool,
     /// What it subscribes to, at `QoS` 1.
     pub filters: Vec<String>,
     /// Bounds how many devices of the process shake hands at the same time.
@@ -327,7 +329,7 @@ fn options(settings: &ConnectionSettings) -> MqttOptions {
     options
         .set_transport(Transport::tls_with_config(TlsConfiguration::Rustls(Arc::clone(&settings.tls))))
         .set_keep_alive(KEEP_ALIVE)
-        .set_clean_session(false)
+        .set_clean_session(settings.clean_session)
         .set_manual_acks(true)
         .set_max_packet_size(PACKET_BYTES, PACKET_BYTES);
     options

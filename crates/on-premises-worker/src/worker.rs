@@ -71,6 +71,7 @@ fn settings(config: &Config, tls: Arc<ClientConfig>) -> ConnectionSettings {
         client_id: config.client_id.clone(),
         endpoint: config.endpoint.clone(),
         tls,
+        clean_session: false,
         filters: vec![jobs_topic(&config.tenant), replies_topic(&config.tenant, &config.worker)],
         handshakes: Arc::new(Semaphore::new(1)),
         on_failure: Box::new(|why| tracing::warn!("no connection: {why}")),

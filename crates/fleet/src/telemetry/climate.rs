@@ -51,10 +51,10 @@ enum Phase {
 struct Control {
     #[serde(default)]
     phase: Phase,
-    /// When something was done in the last hour, in Unix milliseconds.
+    /// When the sensor was told in the last hour, in Unix milliseconds.
     #[serde(default)]
     actions: Vec<i64>,
-    /// The action whose effect has not been seen yet.
+    /// The first action whose effect has not been seen.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     unproved: Option<Unproved>,
 }
@@ -64,6 +64,8 @@ struct Control {
 struct Unproved {
     time: i64,
     off: f64,
+    /// The remedy.
+    remedy: String,
 }
 
 /// What a reading asks for.
@@ -80,12 +82,23 @@ enum Decision {
 pub(crate) enum Reason {
     /// An action had no effect.
     NoEffect,
+    /// After an action there was no reading that could show its effect.
+    NoReading,
     /// There were as many actions in the hour as there may be.
     TooManyActions,
 }
 
+/// A metric's value that the broker got then, looked at now: a backlog is looked at all at once. Both in Unix milliseconds.
+#[derive(Debug, Clone, Copy)]
+struct Observation {
+    value: f64,
+    received_at: i64,
+    now: i64,
+}
+
 impl Control {
-    fn decide(&mut self, rule: &Rule, value: f64, now: i64) -> Decision {
+    fn decide(&mut self, rule: &Rule, observation: Observation, remedy: &str) -> Decision {
+        let Observation { value, received_at, now } = observation;
         let off = (value - rule.target).abs();
         self.actions.retain(|time| *time > now - HOUR);
         let is_back = match self.phase {
@@ -101,7 +114,7 @@ impl Control {
             return Decision::Nothing;
         }
         self.phase = Phase::Correcting;
-        if let Some(unproved) = self.unproved.take_if(|unproved| now >= unproved.time + rule.effect_after)
+        if let Some(unproved) = self.unproved.take_if(|unproved| received_at >= unproved.time + rule.effect_after)
             && off >= unproved.off
         {
             return self.escalate(Reason::NoEffect);
@@ -113,19 +126,45 @@ impl Control {
             return self.escalate(Reason::TooManyActions);
         }
         self.actions.push(now);
-        self.unproved.get_or_insert(Unproved { time: now, off });
+        self.unproved.get_or_insert_with(|| Unproved { time: now, off, remedy: remedy.to_owned() });
         Decision::Act
     }
 
     fn escalate(&mut self, reason: Reason) -> Decision {
         self.phase = Phase::Escalated;
+        self.unproved = None;
         Decision::Escalate(reason)
+    }
+
+    /// The sensor was told later than was decided, or not at all: what was counted from the decision counts from then.
+    fn told(&mut self, decided_at: i64, told_at: Option<i64>) {
+        self.actions.retain(|time| *time != decided_at);
+        self.actions.extend(told_at);
+        match (&mut self.unproved, told_at) {
+            (Some(unproved), Some(told_at)) if unproved.time == decided_at => unproved.time = told_at,
+            (Some(unproved), None) if unproved.time == decided_at => self.unproved = None,
+            _ => {}
+        }
+    }
+
+    /// Whether nothing has shown the effect of that remedy, and people are to be told now.
+    fn is_overdue(&mut self, remedy: &str) -> bool {
+        let is_overdue = self.unproved.take_if(|unproved| unproved.remedy == remedy).is_some();
+        if is_overdue {
+            self.phase = Phase::Escalated;
+        }
+        is_overdue
     }
 }
 
-/// What is to be done because of a reading.
+/// What is to be done because of a reading, or of the lack of one.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub(crate) struct Remedy {
+    /// Tells it from the sensor's others: the reading's sort key, or one made of it.
+    pub(crate) id: String,
+    /// When it was decided, in Unix milliseconds.
+    pub(crate) decided_at: i64,
     /// The reading.
     pub(crate) sample: Sample,
     /// The metrics for which the sensor is told to act; none if it is not.
@@ -150,9 +189,9 @@ pub(crate) enum Metric {
 pub(crate) struct Climate {
     #[serde(default)]
     revision: u64,
-    /// The newest reading's sort key: older ones, and the same again, change nothing.
-    #[serde(default)]
-    newest: String,
+    /// The newest reading: older ones, and the same again, change nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    newest: Option<Sample>,
     #[serde(default)]
     temperature: Control,
     #[serde(default)]
@@ -174,26 +213,46 @@ impl crate::item_table::Item for Climate {
 }
 
 impl Climate {
-    /// Follows a sensor's next reading.
-    pub(crate) fn follow(&mut self, rules: &Rules, sample: &Sample) {
-        let key = sample.sort_key();
-        if key <= self.newest {
+    /// Follows a sensor's next reading. `now` is in Unix milliseconds.
+    pub(crate) fn follow(&mut self, rules: &Rules, sample: &Sample, now: i64) {
+        let id = sample.sort_key();
+        if self.newest.as_ref().is_some_and(|newest| id <= newest.sort_key()) {
             return;
         }
-        self.newest = key;
+        self.newest = Some(sample.clone());
         // An hour's actions count.
-        self.expires_at = sample.time / 1000 + 86_400;
-        let mut remedy = Remedy { sample: sample.clone(), act_on: vec![], escalate: vec![] };
-        for (metric, decision) in [
-            (Metric::Temperature, self.temperature.decide(&rules.temperature, sample.temperature, sample.time)),
-            (Metric::Humidity, self.humidity.decide(&rules.humidity, sample.humidity, sample.time)),
-        ] {
+        self.expires_at = now / 1000 + 86_400;
+        let observation = |value| Observation { value, received_at: sample.received_at, now };
+        let decisions = [
+            (Metric::Temperature, self.temperature.decide(&rules.temperature, observation(sample.temperature), &id)),
+            (Metric::Humidity, self.humidity.decide(&rules.humidity, observation(sample.humidity), &id)),
+        ];
+        let mut remedy = Remedy { id, decided_at: now, sample: sample.clone(), act_on: vec![], escalate: vec![] };
+        for (metric, decision) in decisions {
             match decision {
                 Decision::Nothing => {}
                 Decision::Act => remedy.act_on.push(metric),
                 Decision::Escalate(reason) => remedy.escalate.push((metric, reason)),
             }
         }
+        self.decided(remedy);
+    }
+
+    /// Sees whether the effect of a remedy has been seen meanwhile; if not, the sensor has been silent for too long. `now` is in
+    /// Unix milliseconds.
+    pub(crate) fn check(&mut self, remedy: &str, now: i64) {
+        let Some(sample) = self.newest.clone() else { return };
+        let mut escalate = Vec::new();
+        for (metric, control) in [(Metric::Temperature, &mut self.temperature), (Metric::Humidity, &mut self.humidity)]
+        {
+            if control.is_overdue(remedy) {
+                escalate.push((metric, Reason::NoReading));
+            }
+        }
+        self.decided(Remedy { id: format!("{remedy}#check"), decided_at: now, sample, act_on: vec![], escalate });
+    }
+
+    fn decided(&mut self, remedy: Remedy) {
         if !remedy.act_on.is_empty() || !remedy.escalate.is_empty() {
             self.pending.push(remedy);
         }
@@ -204,9 +263,15 @@ impl Climate {
         &self.pending
     }
 
-    /// Notes that a remedy is done.
-    pub(crate) fn done(&mut self, remedy: &Remedy) {
-        self.pending.retain(|one| one.sample.sort_key() != remedy.sample.sort_key());
+    /// Notes that a remedy is done, and when the sensor was told, if it was.
+    pub(crate) fn done(&mut self, remedy: &Remedy, told_at: Option<i64>) {
+        self.pending.retain(|one| one.id != remedy.id);
+        for metric in &remedy.act_on {
+            match metric {
+                Metric::Temperature => self.temperature.told(remedy.decided_at, told_at),
+                Metric::Humidity => self.humidity.told(remedy.decided_at, told_at),
+            }
+        }
     }
 }
 
@@ -231,7 +296,8 @@ mod tests {
     /// Decides on values, each so many minutes after midnight.
     fn decide(values: &[(i64, f64)]) -> Vec<Decision> {
         let mut control = Control::default();
-        values.iter().map(|(minute, value)| control.decide(&rule(), *value, minute * MINUTE)).collect()
+        let observation = |minute, value| Observation { value, received_at: minute * MINUTE, now: minute * MINUTE };
+        values.iter().map(|(minute, value)| control.decide(&rule(), observation(minute, *value), "remedy")).collect()
     }
 
     use Decision::{Act, Escalate, Nothing};
@@ -296,30 +362,76 @@ mod tests {
     #[test]
     fn one_message_serves_both_metrics() {
         let mut climate = Climate::default();
-        climate.follow(&rules(), &sample(1, "a", 26.0, 70.0));
+        climate.follow(&rules(), &sample(1, "a", 26.0, 70.0), MINUTE);
         assert_eq!(climate.pending().len(), 1);
         assert_eq!(climate.pending()[0].act_on, [Metric::Temperature, Metric::Humidity]);
         let remedy = climate.pending()[0].clone();
-        climate.done(&remedy);
+        climate.done(&remedy, Some(MINUTE));
         assert_eq!(climate.pending(), []);
     }
 
     #[test]
     fn a_reading_that_comes_again_or_late_changes_nothing() {
         let mut climate = Climate::default();
-        climate.follow(&rules(), &sample(10, "a", 26.0, 50.0));
+        climate.follow(&rules(), &sample(10, "a", 26.0, 50.0), 10 * MINUTE);
         let known = climate.clone();
-        climate.follow(&rules(), &sample(10, "a", 26.0, 50.0));
-        climate.follow(&rules(), &sample(9, "b", 99.0, 50.0));
+        climate.follow(&rules(), &sample(10, "a", 26.0, 50.0), 11 * MINUTE);
+        climate.follow(&rules(), &sample(9, "b", 99.0, 50.0), 11 * MINUTE);
         assert_eq!(climate, known);
-        climate.follow(&rules(), &sample(15, "c", 25.0, 50.0));
+        climate.follow(&rules(), &sample(15, "c", 25.0, 50.0), 15 * MINUTE);
         assert_eq!(climate.pending().len(), 2);
+    }
+
+    #[test]
+    fn a_backlog_asks_for_one_action_and_proves_nothing() {
+        let mut climate = Climate::default();
+        for minute in 0..10 {
+            climate.follow(&rules(), &sample(minute, "a", 26.0, 50.0), 10 * MINUTE);
+        }
+        assert_eq!(climate.pending().len(), 1);
+        assert_eq!(climate.pending()[0].escalate, []);
+        // What came since the action does prove something.
+        climate.follow(&rules(), &sample(14, "a", 26.0, 50.0), 14 * MINUTE);
+        assert_eq!(climate.pending()[1].escalate, [(Metric::Temperature, Reason::NoEffect)]);
+    }
+
+    #[test]
+    fn a_sensor_that_was_told_late_has_its_time_and_one_that_was_not_told_is_not_blamed() {
+        let mut climate = Climate::default();
+        climate.follow(&rules(), &sample(0, "a", 26.0, 50.0), 0);
+        let remedy = climate.pending()[0].clone();
+        let mut late = climate.clone();
+        late.done(&remedy, Some(5 * MINUTE));
+        late.follow(&rules(), &sample(6, "b", 26.0, 50.0), 6 * MINUTE);
+        assert_eq!(late.pending(), [], "the cool-down and the effect count from the fifth minute");
+        climate.done(&remedy, None);
+        climate.follow(&rules(), &sample(12, "b", 26.0, 50.0), 12 * MINUTE);
+        assert_eq!(climate.pending()[0].act_on, [Metric::Temperature]);
+    }
+
+    #[test]
+    fn people_are_told_of_a_sensor_that_falls_silent_after_a_remediation() {
+        let mut climate = Climate::default();
+        climate.follow(&rules(), &sample(0, "a", 26.0, 50.0), 0);
+        let remedy = climate.pending()[0].clone();
+        climate.done(&remedy, Some(0));
+        let mut heard = climate.clone();
+        climate.check(&remedy.id, 8 * MINUTE);
+        assert_eq!(climate.pending()[0].escalate, [(Metric::Temperature, Reason::NoReading)]);
+        let overdue = climate.pending()[0].clone();
+        climate.done(&overdue, None);
+        climate.check(&remedy.id, 9 * MINUTE);
+        assert_eq!(climate.pending(), [], "once");
+        // One whose effect has been seen is left alone.
+        heard.follow(&rules(), &sample(4, "b", 25.0, 50.0), 4 * MINUTE);
+        heard.check(&remedy.id, 8 * MINUTE);
+        assert_eq!(heard.pending(), []);
     }
 
     #[test]
     fn an_item_is_what_it_was_when_it_is_read() {
         let mut climate = Climate::default();
-        climate.follow(&rules(), &sample(10, "a", 26.0, 50.0));
+        climate.follow(&rules(), &sample(10, "a", 26.0, 50.0), 10 * MINUTE);
         let item: serde_dynamo::Item = serde_dynamo::to_item(&climate).unwrap();
         assert_eq!(serde_dynamo::from_item::<_, Climate>(item).unwrap(), climate);
     }

@@ -8,7 +8,7 @@
 use super::history::{History, batch_name};
 use super::metrics::Metrics;
 use super::readings::{Holder, Readings, Sample};
-use super::senders::Senders;
+use super::senders::{self, Senders};
 use crate::lambda::QueuedMessage;
 use crate::queue::MqttMessage;
 use crate::{Error, ErrorName, config};
@@ -22,7 +22,9 @@ use std::ops::RangeInclusive;
 /// How many calls of a kind are under way at once.
 const AT_ONCE: usize = 32;
 /// After which a batch that is not finished has died, in milliseconds: longer than the function may run.
-const LONGEST_CALL: i64 = 15_000;
+pub const LONGEST_CALL: i64 = 15_000;
+/// How often it is tried to note that a batch is finished.
+const FINISHES: usize = 3;
 /// How old a reading may be that a sensor has kept, and how far its clock may be ahead, in milliseconds.
 const OLDEST: i64 = 7 * 24 * 3_600_000;
 const AHEAD: i64 = 5 * 60_000;
@@ -85,8 +87,7 @@ struct Tally {
 
 /// Keeps the readings of a batch of messages; says of each, in their order, how it went. `now` is in Unix milliseconds.
 pub async fn handle(adapters: &Adapters, messages: &[QueuedMessage], now: i64) -> Vec<Result<(), Error>> {
-    let read = stream::iter(messages.iter().map(|message| read(&adapters.senders, message)));
-    let read: Vec<_> = read.buffered(AT_ONCE).collect().await;
+    let read = allowed(&adapters.senders, messages.iter().map(read).collect()).await;
     // What is in the batch twice is one reading.
     let samples: HashMap<_, _> = read.iter().flatten().map(|sample| (sample.key(), sample)).collect();
     // Boxed, for the compiler loses count of the calls below.
@@ -98,23 +99,44 @@ pub async fn handle(adapters: &Adapters, messages: &[QueuedMessage], now: i64) -
     read.into_iter().map(|one| one.and_then(outcome)).collect()
 }
 
-/// Reads a message, and makes sure that it may say so.
-async fn read(senders: &Senders, message: &QueuedMessage) -> Result<Sample, Error> {
+/// A reading, and the thing that has reported it for another sensor, if it has.
+type Reported = (Sample, Option<String>);
+
+/// Reads a message.
+fn read(message: &QueuedMessage) -> Result<Reported, Error> {
     let mqtt = MqttMessage::parse(&message.body)?;
     let building = building_of_readings(&mqtt.topic).ok_or_else(|| DecodeError::UnknownTopic(mqtt.topic.clone()))?;
     let Reading { device, temperature, humidity, identity } = Reading::decode(&mqtt.payload()?)?;
     let received_at = mqtt.received_at()?;
-    let (id, time) = match identity {
-        Some(identity) => (identity.id, identity.time),
-        None => (message.id.parse::<ReadingId>().map_err(crate::error::unbuilt)?, received_at),
+    let (id, time) = if let Some(identity) = identity {
+        (identity.id, identity.time)
+    } else {
+        let id = mqtt.id.as_ref().unwrap_or(&message.id);
+        (id.parse::<ReadingId>().map_err(crate::error::unbuilt)?, received_at)
     };
     within("body.temperature", temperature, &Reading::TEMPERATURES)?;
     within("body.humidity", humidity, &Reading::HUMIDITIES)?;
     within("body.time", time, &(received_at - OLDEST..=received_at + AHEAD))?;
-    if let Some(thing) = mqtt.sender() {
-        senders.check(thing, &device).await?;
-    }
-    Ok(Sample { device, time, id, temperature, humidity, building, received_at })
+    let thing = mqtt.sender().filter(|thing| *thing != device.as_str()).map(str::to_owned);
+    let [temperature, humidity] = [temperature, humidity].map(to_a_thousandth);
+    Ok((Sample { device, time, id, temperature, humidity, building, received_at }, thing))
+}
+
+/// No sensor knows more, and neither DynamoDB nor CloudWatch takes every number that JSON has. Nothing is below zero that is zero.
+fn to_a_thousandth(value: f64) -> f64 {
+    (value * 1000.0).round() / 1000.0 + 0.0
+}
+
+/// Lets those readings pass that their senders may report.
+async fn allowed(senders: &Senders, read: Vec<Result<Reported, Error>>) -> Vec<Result<Sample, Error>> {
+    let things = read.iter().flatten().filter_map(|(_, thing)| thing.as_deref()).collect();
+    let known = senders.sensors_of(things).await;
+    let pass = |(sample, thing): Reported| match thing.and_then(|thing| known.get_key_value(&thing)) {
+        None => Ok(sample),
+        Some((_, Err(error))) => Err(error.clone()),
+        Some((thing, Ok(sensors))) => senders::check(thing, sensors, &sample.device).map(|()| sample),
+    };
+    read.into_iter().map(|one| one.and_then(pass)).collect()
 }
 
 fn within<T: Copy + PartialOrd + std::fmt::Display>(
@@ -240,7 +262,7 @@ async fn settle(adapters: &Adapters, holder: &Holder, now: i64, metric_calls: &m
             return Err(busy(holder));
         }
         *metric_calls += metrics.add(samples.iter(), now).await?;
-        readings.finish(&holder.batch, now).await?;
+        finish(readings, &holder.batch, now).await;
     }
     Ok(Settled::Only(samples.iter().map(Sample::key).collect()))
 }
@@ -261,5 +283,15 @@ async fn store(
     adapters.history.write(batch, samples.iter().copied()).await?;
     tally.objects += 1;
     tally.metric_calls += adapters.metrics.add(samples.iter().copied(), now).await?;
-    adapters.readings.finish(batch, now).await
+    finish(&adapters.readings, batch, now).await;
+    Ok(())
+}
+
+/// Notes that a batch's metrics are added. Nothing is to be done again because that cannot be noted: the metrics would be added
+/// again as well.
+async fn finish(readings: &Readings, batch: &str, now: i64) {
+    for _ in 0..FINISHES {
+        let Err(error) = readings.finish(batch, now).await else { return };
+        tracing::warn!(batch, error = error.name.as_str(), message = error.message);
+    }
 }

@@ -4,8 +4,9 @@ use crate::error::aws;
 use crate::{Error, ErrorName};
 use aws_sdk_iot::Client;
 use aws_sdk_iot::operation::describe_thing::DescribeThingError;
+use futures_util::{StreamExt, stream};
 use protocol::SensorId;
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -15,6 +16,20 @@ const ATTRIBUTE: &str = "sensors";
 const LIFETIME: Duration = Duration::from_mins(1);
 /// So many things are remembered at most.
 const CAPACITY: usize = 10_000;
+
+/// How many things are asked for at once.
+const AT_ONCE: usize = 10;
+
+/// Fails with [`ErrorName::SenderMismatch`] unless a thing's `sensors` name the sensor.
+pub(crate) fn check(thing: &str, sensors: &str, sensor: &SensorId) -> Result<(), Error> {
+    if sensors.split(',').any(|one| one == sensor.as_str()) {
+        return Ok(());
+    }
+    let message = format!(
+        "body.device: got {sensor}, expected {thing:?}, who sent it, or a sensor that its attribute {ATTRIBUTE} names"
+    );
+    Err(Error::new(ErrorName::SenderMismatch, message))
+}
 
 /// What the registry says of things, remembered for a while.
 #[derive(Debug)]
@@ -34,19 +49,10 @@ impl Senders {
         Self { client: Client::new(config), known: Mutex::default() }
     }
 
-    /// Fails with [`ErrorName::SenderMismatch`] if that thing may not report for the sensor.
-    pub(crate) async fn check(&self, thing: &str, sensor: &SensorId) -> Result<(), Error> {
-        if thing == sensor.as_str() {
-            return Ok(());
-        }
-        let sensors = self.sensors(thing).await?;
-        if sensors.split(',').any(|one| one == sensor.as_str()) {
-            return Ok(());
-        }
-        let message = format!(
-            "body.device: got {sensor}, expected {thing:?}, who sent it, or a sensor that its attribute {ATTRIBUTE} names"
-        );
-        Err(Error::new(ErrorName::SenderMismatch, message))
+    /// The sensors that each of these things may report for beside itself.
+    pub(crate) async fn sensors_of(&self, things: BTreeSet<&str>) -> HashMap<String, Result<Arc<str>, Error>> {
+        let asked = things.into_iter().map(async |thing| (thing.to_owned(), self.sensors(thing).await));
+        stream::iter(asked).buffer_unordered(AT_ONCE).collect().await
     }
 
     async fn sensors(&self, thing: &str) -> Result<Arc<str>, Error> {

@@ -141,8 +141,7 @@ impl Demo<'_> {
         };
         let rows = "Items[].{device:device.S,time:time.N,temperature:temperature.N}";
         let rows: Vec<Row> = serde_json::from_value(scan("MonitoringTableName", rows)?)?;
-        let records =
-            "Items[].{device:device.S,time:sample.M.time.N,acted:length(act_on.L),escalated:length(escalate.L)}";
+        let records = "Items[].{device:device.S,time:decidedAt.N,acted:length(actOn.L),escalated:length(escalate.L)}";
         let records: Vec<Record> = serde_json::from_value(scan("RemediationsTableName", records)?)?;
         let mut sensors = BTreeMap::<String, Sensor>::new();
         for row in rows {

@@ -1,0 +1,12 @@
+//! Looks whether a remediation has had an effect: a sensor that has fallen silent shows none.
+
+use super::remedies::{Adapters, Check, settle};
+use crate::{Error, queue};
+
+/// Reads a check that is due; people are told if nothing has shown the effect. `now` is in Unix milliseconds.
+pub async fn handle(adapters: &Adapters, body: &str, now: i64) -> Result<(), Error> {
+    let Check { device, remedy } = queue::json("check", body.as_bytes())?;
+    let device = device.as_str();
+    let (climate, ()) = adapters.climates.change(device, |climate| climate.check(&remedy, now)).await?;
+    settle(adapters, device, climate.pending(), now).await
+}
