@@ -158,6 +158,9 @@ impl fmt::Display for ErrorName {
     }
 }
 
+/// How long a sentence is, in bytes.
+const MAX_MESSAGE_BYTES: usize = 8192;
+
 /// What went wrong: a stable name for machines and a sentence for people.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{name}: {message}")]
@@ -169,9 +172,11 @@ pub struct Error {
 }
 
 impl Error {
-    /// An error of that name.
+    /// An error of that name. Of a sentence that quotes a whole message, the beginning is kept.
     pub fn new(name: ErrorName, message: impl Into<String>) -> Self {
-        Self { name, message: message.into() }
+        let mut message = message.into();
+        message.truncate(message.floor_char_boundary(MAX_MESSAGE_BYTES));
+        Self { name, message }
     }
 
     /// A payload's field is not as it must be.

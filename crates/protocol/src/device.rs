@@ -63,9 +63,13 @@ pub enum DecodeError {
     Malformed(String),
 }
 
+/// How long a reason is, in characters.
+const MAX_REASON_CHARACTERS: usize = 1000;
+
 impl DecodeError {
     pub(crate) fn malformed(what: &str, why: impl std::fmt::Display) -> Self {
-        Self::Malformed(format!("{what}: {why}"))
+        // Whatever the message holds may be quoted in it.
+        Self::Malformed(format!("{what}: {why}").chars().take(MAX_REASON_CHARACTERS).collect())
     }
 }
 

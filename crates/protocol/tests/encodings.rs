@@ -1,7 +1,6 @@
 //! Both encodings, in both directions, and against input that nobody should send.
 #![allow(clippy::unwrap_used)]
 
-use proptest::prelude::*;
 use protocol::{
     Command, DeviceEvent, DeviceFailure, Firmware, MAX_PAYLOAD_BYTES, OperationId, ProtocolName, ReplyTo, Report,
     Response, Step, StepOutcome, ThingName, protocol_of_topic,
@@ -143,42 +142,5 @@ fn lengths_that_contradict_each_other_are_malformed() {
     for bytes in [&[90, 1, 193, 0, 0, 0, 0][..], &[90, 1, 193, 0, 0, 0, 0, 0, 0, 0, 0, 0]] {
         let error = encoding.decode_report(&thing(), bytes).unwrap_err();
         assert_eq!(error.to_string(), "USP record: its lengths contradict each other");
-    }
-}
-
-proptest! {
-    #[test]
-    fn no_bytes_make_a_decoder_panic(bytes in proptest::collection::vec(any::<u8>(), 0..512), topic in ".{0,64}") {
-        let _ = protocol_of_topic(&topic);
-        for protocol in ProtocolName::ALL {
-            let _ = protocol.encoding().decode_report(&thing(), &bytes);
-            let _ = protocol.encoding().decode_command(&topic, &bytes);
-        }
-        let _ = protocol::settings::thing_of_response(&topic);
-        let _ = protocol::settings::SettingCommand::decode(&bytes);
-        let _ = protocol::settings::SettingResponse::decode(&bytes);
-    }
-
-    #[test]
-    fn no_damage_to_a_good_message_makes_a_decoder_panic(at in 0_usize..400, value in any::<u8>(), cut in 0_usize..400) {
-        for protocol in ProtocolName::ALL {
-            let response = Response {
-                operation_id: operation(),
-                step: Step::DeviceRebooted,
-                outcome: StepOutcome::Succeeded { firmware_version: Some("1.2.3".into()) },
-            };
-            let mut payload =
-                protocol.encoding().encode_response(&thing(), &response, &ReplyTo::default(), 1).unwrap().payload;
-            let length = payload.len();
-            payload[at % length] = value;
-            payload.truncate(length - cut % length);
-            let _ = protocol.encoding().decode_report(&thing(), &payload);
-        }
-        let mut payload =
-            br#"{"name":"SET_TEMP","operationId":"p.SET_TEMP","status":"SUCCESS","value":24.84,"error":0}"#.to_vec();
-        let length = payload.len();
-        payload[at % length] = value;
-        payload.truncate(length - cut % length);
-        let _ = protocol::settings::SettingResponse::decode(&payload).map(|response| response.push());
     }
 }
