@@ -1,5 +1,6 @@
-//! The local cloud and every developer command: `cargo xtask up`, `down`, `demo` and `test`.
+//! The local cloud and every developer command: `cargo xtask up`, `down`, `demo`, `test` and `bench`.
 
+mod bench;
 mod cloud;
 mod console;
 mod demo;
@@ -37,6 +38,8 @@ enum Command {
     Down,
     /// Show a workflow with a fleet of simulated devices from end to end, and what became of each.
     Demo(demo::DemoOptions),
+    /// Measure: figures on the terminal, as JSON in target/bench/, and in docs/benchmarks.md.
+    Bench(bench::BenchOptions),
     /// Check and test everything: format, lints, definitions, unit tests, end-to-end tests.
     Test(test::TestOptions),
 }
@@ -47,6 +50,7 @@ fn main() -> ExitCode {
         Command::Up(options) => cloud::up(&project, &options),
         Command::Down => run::down(&project),
         Command::Demo(options) => demo::demo(&project, &options),
+        Command::Bench(options) => bench::bench(&project, &options),
         Command::Test(options) => test::test(&project, &options),
     });
     match outcome {
