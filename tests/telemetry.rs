@@ -751,7 +751,7 @@ async fn people_are_told_of_a_sensor_that_falls_silent_after_a_remediation() {
     let device = things[0].thing.as_str();
     client.publish(reading(device, None, 30.0).encode(&building)).await;
     let message = alarm(&cloud, &alarms, &[device]).await;
-    assert!(message.contains("no reading since it was told to bring it back"), "{message}");
+    assert!(message.contains("no reading has come that could show an effect of the last remediation"), "{message}");
     let records = remediations_of(&cloud, device).await;
     let escalated: Vec<&Value> = records.values().map(|record| &record["escalate"]).collect();
     assert_eq!(escalated, [&json!([]), &json!([["temperature", "NO_READING"]])]);

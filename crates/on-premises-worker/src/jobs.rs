@@ -405,7 +405,11 @@ impl Jobs {
                 self.held(&handle, request, Duration::from_millis(retry_milliseconds), now);
             }
             Verdict::Lost => self.lost(&handle, request, now, actions),
-            Verdict::Over => self.over(handle, actions),
+            Verdict::Over if request.is_none_or(|request| self.has_asked(&handle, request)) => {
+                self.over(handle, actions);
+            }
+            // Of an earlier process, or of the job as it was before it came again.
+            Verdict::Over => {}
             Verdict::Upload { url, headers } => self.upload(&handle, request, url, headers, actions),
             Verdict::TooLarge { limit } => self.too_large(&handle, request, limit, now, actions),
         }
@@ -426,25 +430,29 @@ impl Jobs {
         if fence < job.least_fence.max(job.fence().unwrap_or_default()) {
             return;
         }
-        let sent = job.request(request).map(|request| request.sent);
-        // A request of an earlier process: nobody knows when it was sent.
-        let deadline = sent.map_or(now + length / 2, |sent| sent + length);
+        // A request of an earlier process may be old, and somebody else at the job by now: a new claim is granted at once.
+        let Some(deadline) = job.request(request).map(|request| request.sent + length) else { return };
         let lease = Held::new(fence, length, deadline, now);
         let runs_again = |job: &Job| matches!(job.phase, Phase::Waiting { .. } | Phase::Claiming { .. });
         if deadline <= now {
             // Too late to be used. The same claim would be as late.
-            if matches!(job.phase, Phase::Claiming { .. }) && job.claim_is(request) {
-                job.claim = new_claim;
-                job.phase = Phase::Waiting { until: now + BREATH };
+            let is_claim = job.claim_is(request);
+            match (&job.phase, &mut job.lease) {
+                (Phase::Claiming { .. }, _) if is_claim => {
+                    job.claim = new_claim;
+                    job.phase = Phase::Waiting { until: now + BREATH };
+                }
+                // An old claim has come to the cloud after all: the lease has another number, and no other end.
+                (Phase::Running, Some(held)) => held.fence = held.fence.max(fence),
+                _ => {}
             }
         } else if runs_again(job) && self.draining {
             job.phase = Phase::Waiting { until: now };
             actions.push(job.release(handle, &self.worker, fence));
         } else {
             match &mut job.phase {
-                // Only the claim's own reply says where the input is.
-                Phase::Waiting { .. } | Phase::Claiming { .. }
-                    if job.needs_input && input_url.is_none() && sent.is_none() => {}
+                // Only a claim's reply says where the input is.
+                Phase::Waiting { .. } | Phase::Claiming { .. } if job.needs_input && input_url.is_none() => {}
                 Phase::Waiting { .. } if !has_slot => actions.push(job.release(handle, &self.worker, fence)),
                 Phase::Waiting { .. } | Phase::Claiming { .. } => {
                     job.lease = Some(lease);
@@ -558,6 +566,12 @@ impl Jobs {
             let stored = Stored::new(Failure::new("ResultTooLarge", cause).into(), *fence);
             self.answer(handle, stored, now, actions);
         }
+    }
+
+    /// Whether the request is one of this process about the job as it is now.
+    fn has_asked(&mut self, handle: &str, request: &str) -> bool {
+        let is_asking = self.asking_step(handle, Some(request)).is_some();
+        is_asking || self.open.get(handle).is_some_and(|job| job.request(Some(request)).is_some())
     }
 
     fn asking_step(&mut self, handle: &str, request: Option<&str>) -> Option<&mut Step> {

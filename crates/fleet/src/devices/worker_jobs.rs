@@ -155,6 +155,7 @@ impl WorkerJobs {
             return Ok(());
         };
         let job = Job { tenant, handle };
+        let progress = if let WorkerMessage::Heartbeat { progress, .. } = &message { *progress } else { None };
         let outcome = match message {
             WorkerMessage::Claim { worker, request } => self.claim(&job, &worker, request).await?,
             WorkerMessage::Heartbeat { lease: Some((lease, request)), .. } => self.renew(&job, &lease, request).await?,
@@ -168,7 +169,7 @@ impl WorkerJobs {
             }
         };
         let operation = job.handle.operation.as_str();
-        tracing::info!(tenant = tenant.as_str(), operation, message = kind, ?outcome);
+        tracing::info!(tenant = tenant.as_str(), operation, message = kind, progress, ?outcome);
         Ok(())
     }
 
@@ -181,7 +182,7 @@ impl WorkerJobs {
         let (item, claimed) = self.table.change(&job.key(), rule).await?;
         let verdict = match claimed {
             // Nobody may wait for the job any more: then nobody needs to run it.
-            Claimed::Granted(fence) => match self.tasks.prolong(&item.task_token).await? {
+            Claimed::Granted(fence) => match self.prolong(job, &item).await? {
                 Outcome::Late => Verdict::Over,
                 _ => Verdict::Granted {
                     fence,
@@ -203,13 +204,26 @@ impl WorkerJobs {
         let (verdict, outcome) = match renewed {
             Renewed::Lost => (Verdict::Lost, Outcome::Rejected),
             Renewed::Over => (Verdict::Over, Outcome::Late),
-            Renewed::Held => match self.tasks.prolong(&item.task_token).await? {
+            Renewed::Held => match self.prolong(job, &item).await? {
                 Outcome::Late => (Verdict::Over, Outcome::Late),
                 _ => (self.granted_again(lease), Outcome::Applied),
             },
         };
         self.reply(job, &lease.worker, Some(request), verdict).await?;
         Ok(outcome)
+    }
+
+    /// Tells the waiting state that somebody is at the job. If it waits no more, the job may have been sent anew meanwhile.
+    async fn prolong(&self, job: &Job<'_>, item: &WorkerJob) -> Result<Outcome, Error> {
+        let outcome = self.tasks.prolong(&item.task_token).await?;
+        if outcome != Outcome::Late {
+            return Ok(outcome);
+        }
+        let item_now = self.table.get(&job.key()).await?;
+        if item_now.task_token == item.task_token {
+            return Ok(Outcome::Late);
+        }
+        self.tasks.prolong(&item_now.task_token).await
     }
 
     fn granted_again(&self, lease: &Lease) -> Verdict {
@@ -398,9 +412,10 @@ fn kind(message: &WorkerMessage) -> &'static str {
 
 /// The error that an execution fails with: the exception's name, unless Step Functions or we mean something by it.
 fn error_name(exception: &str) -> String {
+    let exception = exception.trim();
     let of_others = ["States.", "Lambda.", "Sandbox.", "Runtime."].iter().any(|prefix| exception.starts_with(prefix));
     let is_ours = ErrorName::ALL.into_iter().any(|name| name.as_str() == exception);
-    let name = match exception.trim() {
+    let name = match exception {
         "" => "UnnamedException".to_owned(),
         _ if of_others || is_ours => format!("Worker.{exception}"),
         name => name.to_owned(),
@@ -421,6 +436,8 @@ mod tests {
             ("States.Timeout", "Worker.States.Timeout"),
             ("Lambda.TooManyRequestsException", "Worker.Lambda.TooManyRequestsException"),
             ("Throttled", "Worker.Throttled"),
+            (" Throttled\n", "Worker.Throttled"),
+            ("\tStates.HeartbeatTimeout", "Worker.States.HeartbeatTimeout"),
         ] {
             assert_eq!(error_name(exception), name);
         }

@@ -126,7 +126,9 @@ pub(crate) async fn settle(adapters: &Adapters, device: &str, pending: &[Remedy]
 
 /// Records a remedy, then tells people, and the sensor unless it is too late for that.
 async fn apply(adapters: &Adapters, remedy: &Remedy, is_late: bool) -> Result<(), Error> {
-    record(adapters, remedy).await?;
+    // What is not done is not recorded as done.
+    let done = if is_late { Remedy { act_on: vec![], ..remedy.clone() } } else { remedy.clone() };
+    record(adapters, &done).await?;
     let Remedy { sample, act_on, escalate, .. } = remedy;
     let device = sample.device.as_str();
     // People first: they may be told twice, if the sensor then cannot be told.
@@ -188,7 +190,7 @@ async fn escalate_to_people(adapters: &Adapters, sample: &Sample, metric: Metric
     };
     let why = match reason {
         Reason::NoEffect => format!("no effect within {} s of the last remediation", rule.effect_after / 1000),
-        Reason::NoReading => "no reading since it was told to bring it back".to_owned(),
+        Reason::NoReading => "no reading has come that could show an effect of the last remediation".to_owned(),
         Reason::TooManyActions => format!("{} remediations within an hour", rule.actions_an_hour),
     };
     let message = format!(

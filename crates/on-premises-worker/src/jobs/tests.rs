@@ -314,13 +314,13 @@ fn a_grant_that_comes_too_late_is_not_used() {
 }
 
 #[test]
-fn a_grant_for_an_unknown_request_has_half_its_time() {
+fn a_grant_of_an_earlier_process_is_not_used() {
     let mut bench = Bench::new(1);
-    bench.receive("t");
-    let actions = bench.granted("of an earlier process", 4);
-    assert_eq!(actions[..1], starts(4));
-    heartbeat_of(&actions[1..]);
-    assert!(stops(&bench.after(LEASE / 2)));
+    let request = claim_of(&bench.receive("t"));
+    assert_eq!(bench.granted("of an earlier process", 4), []);
+    assert_eq!(bench.granted(&request, 5), starts(5));
+    assert_eq!(bench.reply(Some("of an earlier process"), Verdict::Over), [], "nor is the end of an earlier job");
+    assert_eq!(bench.jobs.open["t"].fence(), Some(5));
 }
 
 #[test]
@@ -333,6 +333,26 @@ fn a_grant_without_the_address_of_the_input_is_not_used_unless_the_claim_has_it(
     let verdict = Verdict::Granted { fence: 1, lease_milliseconds: 30_000, input_url: input_url.clone() };
     let start = Action::Start { handle: "t".into(), fence: 1, input_url };
     assert_eq!(bench.reply(Some(&request), verdict), [start]);
+    // The lease runs out, and then an old renewal is answered, which knows no address.
+    let (.., old) = heartbeat_of(&bench.after(seconds(10)));
+    bench.after(seconds(10));
+    assert!(stops(&bench.after(seconds(10))));
+    claim_of(&bench.ended(None));
+    assert_eq!(bench.granted(&old, 1), []);
+}
+
+#[test]
+fn an_old_claim_that_comes_to_the_cloud_late_does_not_end_the_run() {
+    let mut bench = Bench::new(1);
+    let first = claim_of(&bench.receive("t"));
+    for _ in 0..3 {
+        bench.after(PATIENCE);
+    }
+    assert_eq!(bench.granted(&first, 1), [], "too late");
+    let second = claim_of(&bench.after(BREATH));
+    assert_eq!(bench.granted(&second, 2), starts(2));
+    assert_eq!(bench.granted(&first, 3), []);
+    assert_eq!(bench.jobs.open["t"].fence(), Some(3));
 }
 
 #[test]
@@ -341,9 +361,10 @@ fn a_lower_fence_counts_for_nothing_and_a_higher_one_is_taken() {
     let request = claim_of(&bench.receive("t"));
     bench.granted(&request, 5);
     bench.after(seconds(1));
-    assert_eq!(bench.granted("unknown", 4), []);
+    let (.., renewal) = heartbeat_of(&bench.after(seconds(10)));
+    assert_eq!(bench.granted(&renewal, 4), []);
     assert_eq!(bench.jobs.open["t"].fence(), Some(5));
-    bench.granted("unknown", 6);
+    bench.granted(&renewal, 6);
     let actions = bench.ended(Some(value(57)));
     assert_eq!(delivery_of(&actions).2, &succeeded(6));
 }

@@ -18,6 +18,7 @@ use crate::deploy;
 use crate::project::{ACCOUNT, Project, REGION};
 
 const STARTS: usize = 30;
+const FIRST_INVOCATIONS: usize = 15;
 const INVOCATIONS: usize = 500;
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -57,8 +58,9 @@ pub(super) fn measure(project: &Project) -> Result<Findings> {
     Ok(Findings {
         about: format!(
             "Each Lambda function's binary, alone, with a minimal Runtime API and the local cloud: median of {STARTS} \
-             starts until it asks for its first event; its first invocation and the median of the {INVOCATIONS} after it, with \
-             one call to AWS or two; the most memory that it had; its size, stripped and zipped."
+             starts until it asks for its first event; median of {FIRST_INVOCATIONS} first invocations, each in a new \
+             process, and of {INVOCATIONS} further ones in one, with one call to AWS or two; the most memory that it had; \
+             its size, stripped and zipped."
         ),
         columns: ["function", "start", "first invocation", "further ones", "memory", "size", "zipped"]
             .map(String::from)
@@ -211,19 +213,26 @@ fn start(project: &Project, binary: &Binary) -> Result<Duration> {
     Ok(begin.elapsed())
 }
 
-/// The first invocation, the median of those after it, and the memory at their end.
+/// The medians of first invocations and of those after them, and the memory at their end.
 fn invoke(project: &Project, binary: &Binary) -> Result<(Option<Duration>, Option<Duration>, u64)> {
     let mut running = Running::new(project, binary)?;
     let mut question = running.question()?;
     let Some(event) = event(&binary.name) else { return Ok((None, None, running.memory()?)) };
-    let mut times = Vec::new();
-    for _ in 0..=INVOCATIONS {
+    let mut first = Vec::new();
+    for _ in 0..FIRST_INVOCATIONS {
+        running = Running::new(project, binary)?;
+        question = running.question()?;
         let (next, time) = running.invocation(question, &event)?;
         question = next;
-        times.push(time);
+        first.push(time);
     }
-    let first = times.remove(0);
-    Ok((Some(first), Some(median(times)), running.memory()?))
+    let mut further = Vec::new();
+    for _ in 0..INVOCATIONS {
+        let (next, time) = running.invocation(question, &event)?;
+        question = next;
+        further.push(time);
+    }
+    Ok((Some(median(first)), Some(median(further)), running.memory()?))
 }
 
 /// An event with which a function calls AWS once or twice; none for those that do more, or something else.
