@@ -16,15 +16,10 @@ use protocol::recovery::{Failure, UPDATE_REPORTS_TOPIC, UpdateReport, UpdateStat
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
-use tests::{Cloud, Crash, MqttDevice, ORIGINAL, crashing};
+use tests::{Cloud, Crash, MqttDevice, ORIGINAL, crashing, now};
 
 /// What the tests' stack is deployed with by default.
 const LIMITS: Limits = Limits { attempts: 10, cycles: 2 };
-
-fn now() -> i64 {
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
-    i64::try_from(now.as_millis()).unwrap()
-}
 
 /// The attributes of a thing as they are when `FW` and `model` have these values.
 fn attributes(firmware: &str, model: &str) -> BTreeMap<String, String> {

@@ -25,15 +25,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io::Read;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
-use tests::{Cloud, Crash, MqttDevice, Outage, Refusal, crashing, eventually, refusing};
+use tests::{Cloud, Crash, MqttDevice, Outage, Refusal, crashing, eventually, now, refusing};
 use tokio::sync::mpsc::UnboundedReceiver;
 
 const MINUTE: i64 = 60_000;
-
-fn now() -> i64 {
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
-    i64::try_from(now.as_millis()).unwrap()
-}
 
 fn random() -> String {
     uuid::Uuid::new_v4().simple().to_string()[..8].to_owned()
@@ -655,24 +650,7 @@ async fn a_poison_row_stops_no_other() {
 #[ignore = "needs the local cloud: cargo xtask test"]
 async fn a_remediation_survives_a_death_at_any_point() {
     let cloud = Cloud::connect().await;
-    let rule = remediate::Rule {
-        target: 21.0,
-        band: 3.0,
-        hysteresis: 1.0,
-        cool_down: MINUTE,
-        actions_an_hour: 6,
-        effect_after: MINUTE,
-    };
-    let rules = remediate::Rules { humidity: remediate::Rule { target: 50.0, ..rule.clone() }, temperature: rule };
-    let places = remediate::Places {
-        // Any table with that key will do, and the stack's function must not see these.
-        climates_table: climates_table(&cloud).await,
-        remediations_table: cloud.output("RemediationsTableName").to_owned(),
-        reading_days: 20,
-        checks_queue_url: cloud.output("RemediationChecksQueueUrl").to_owned(),
-        alarm_topic_arn: cloud.output("AlarmTopicArn").to_owned(),
-        dead_letter_queue_url: cloud.output("DeadLetterQueueUrl").to_owned(),
-    };
+    let (places, rules) = (remediate_places(&cloud).await, remediate_rules());
     let things = sensors(&cloud, "listener", 1, &[]).await;
     let mut listener = MqttDevice::connect(&things[0], true).await;
     let building = own_building();
@@ -709,29 +687,17 @@ async fn a_remediation_survives_a_death_at_any_point() {
 #[ignore = "needs the local cloud: cargo xtask test"]
 async fn a_record_that_fails_is_delivered_again_and_the_others_are_done() {
     let cloud = Cloud::connect().await;
-    let rule = remediate::Rule {
-        target: 21.0,
-        band: 3.0,
-        hysteresis: 1.0,
-        cool_down: MINUTE,
-        actions_an_hour: 6,
-        effect_after: MINUTE,
-    };
-    let rules = remediate::Rules { humidity: remediate::Rule { target: 50.0, ..rule.clone() }, temperature: rule };
     let places = remediate::Places {
-        climates_table: climates_table(&cloud).await,
-        remediations_table: cloud.output("RemediationsTableName").to_owned(),
-        reading_days: 20,
-        checks_queue_url: cloud.output("RemediationChecksQueueUrl").to_owned(),
-        alarm_topic_arn: cloud.output("AlarmTopicArn").to_owned(),
         // Where a row that nobody can read cannot be put aside.
         dead_letter_queue_url: format!("{}-gone", cloud.output("DeadLetterQueueUrl")),
+        ..remediate_places(&cloud).await
     };
     let devices = ["first", "last"].map(|name| format!("{name}-{}", random()));
     let time = now();
     let event =
         stream_event(&[(&devices[0], "11"), ("not / a sensor", "12"), (&devices[1], "13")], &own_building(), time);
-    let response = remediate::handle(&remediate::Adapters::new(&cloud.config, places, rules), event, time).await;
+    let response =
+        remediate::handle(&remediate::Adapters::new(&cloud.config, places, remediate_rules()), event, time).await;
     let said: Vec<_> = response.batch_item_failures.iter().map(|failure| failure.item_identifier.as_deref()).collect();
     assert_eq!(said, [Some("12")]);
     for device in &devices {
@@ -755,6 +721,30 @@ async fn people_are_told_of_a_sensor_that_falls_silent_after_a_remediation() {
     let records = remediations_of(&cloud, device).await;
     let escalated: Vec<&Value> = records.values().map(|record| &record["escalate"]).collect();
     assert_eq!(escalated, [&json!([]), &json!([["temperature", "NO_READING"]])]);
+}
+
+fn remediate_rules() -> remediate::Rules {
+    let rule = remediate::Rule {
+        target: 21.0,
+        band: 3.0,
+        hysteresis: 1.0,
+        cool_down: MINUTE,
+        actions_an_hour: 6,
+        effect_after: MINUTE,
+    };
+    remediate::Rules { humidity: remediate::Rule { target: 50.0, ..rule.clone() }, temperature: rule }
+}
+
+async fn remediate_places(cloud: &Cloud) -> remediate::Places {
+    remediate::Places {
+        // Any table with that key will do, and the stack's function must not see these.
+        climates_table: climates_table(cloud).await,
+        remediations_table: cloud.output("RemediationsTableName").to_owned(),
+        reading_days: 20,
+        checks_queue_url: cloud.output("RemediationChecksQueueUrl").to_owned(),
+        alarm_topic_arn: cloud.output("AlarmTopicArn").to_owned(),
+        dead_letter_queue_url: cloud.output("DeadLetterQueueUrl").to_owned(),
+    }
 }
 
 /// A table of the test's own, as that of the stack.

@@ -757,9 +757,10 @@ impl Pace {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fleet;
     use crate::fleet::{FailingUpdates, FleetOptions};
     use crate::storage::Slot;
-    use crate::{fleet, install_crypto_provider};
+    use mqtt_connection::install_crypto_provider;
     use protocol::recovery::UPDATE_REPORTS_TOPIC;
     use rustls::{ClientConfig, RootCertStore};
     use std::slice;

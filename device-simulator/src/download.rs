@@ -1,9 +1,9 @@
 //! Fetching an image over HTTP with resume, and checking that it is what was meant.
 
-use crate::with_causes;
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use ed25519_dalek::{Signature, VerifyingKey};
+use mqtt_connection::with_causes;
 use protocol::{DeviceFailure, Firmware, ProtocolName};
 use reqwest::header::{CONTENT_RANGE, RANGE};
 use reqwest::{Response, StatusCode};
@@ -322,7 +322,7 @@ mod tests {
     }
 
     async fn serve(answers: Vec<Answer>) -> Server {
-        crate::install_crypto_provider();
+        mqtt_connection::install_crypto_provider();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}/firmware/2.0.0", listener.local_addr().unwrap());
         let requests = Arc::new(Mutex::new(Vec::new()));

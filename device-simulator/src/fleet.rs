@@ -1,9 +1,10 @@
 //! Many devices in one process, and what they have come to.
 
 use crate::device::{Device, DeviceSpec, Phase};
+use crate::download;
 use crate::faults::FaultTiming;
-use crate::{download, install_crypto_provider};
 use ed25519_dalek::VerifyingKey;
+use mqtt_connection::install_crypto_provider;
 use mqtt_connection::{ConnectionSettings, Endpoint, Trust};
 use protocol::settings::{self, SettingCommand, SettingValue, Settings};
 use protocol::{ProtocolName, SettingName, ThingName};

@@ -20,28 +20,8 @@ pub use faults::{CutPoint, Fault, FaultTiming, Faults};
 pub use fleet::{DeviceUpdate, EndedUpgrade, FailingUpdates, Fleet, FleetOptions, Outcome, StartError};
 pub use mqtt_connection::Endpoint;
 
-/// Chooses the TLS implementation of this process. Every entry point calls it; only the first call counts.
-pub(crate) fn install_crypto_provider() {
-    // An error means that the program has chosen already, which is as good.
-    let _ = rustls::crypto::ring::default_provider().install_default();
-}
-
 /// Now, in Unix milliseconds.
 pub(crate) fn now_milliseconds() -> i64 {
     let since_epoch = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
     i64::try_from(since_epoch.as_millis()).unwrap_or(i64::MAX)
-}
-
-/// An error and its causes in one line: the outermost of a library's errors often names none of what happened.
-pub(crate) fn with_causes(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(inner) = cause {
-        let inner_text = inner.to_string();
-        if !text.ends_with(&inner_text) {
-            text = format!("{text}: {inner_text}");
-        }
-        cause = inner.source();
-    }
-    text
 }

@@ -1,8 +1,8 @@
 //! Simulated sensors: each measures the surroundings it simulates, reports them, and acts when it is told to.
 
 use crate::fleet::StartError;
-use crate::{DeviceSpec, Endpoint, install_crypto_provider, now_milliseconds};
-use mqtt_connection::{Connection, ConnectionSettings, Delivery, Trust};
+use crate::{DeviceSpec, Endpoint, now_milliseconds};
+use mqtt_connection::{Connection, ConnectionSettings, Delivery, Trust, install_crypto_provider};
 use protocol::telemetry::{Reading, ReadingIdentity, Remediation, remediations_topic};
 use protocol::{Building, SensorId};
 use serde::Serialize;

@@ -1,10 +1,10 @@
 //! Things, keys, certificates and policies of simulated devices: making them in the registry and removing them.
 
 use crate::device::Identity;
-use crate::with_causes;
 use aws_sdk_iot::Client;
 use aws_sdk_iot::error::{ProvideErrorMetadata, SdkError};
 use aws_sdk_iot::types::{AttributePayload, CertificateStatus, Tag, ThingGroupProperties};
+use mqtt_connection::with_causes;
 use protocol::recovery::UPDATE_REPORTS_TOPIC;
 use protocol::{ProtocolName, ThingName};
 use rcgen::{CertificateParams, DnType, KeyPair};

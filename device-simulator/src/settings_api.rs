@@ -358,7 +358,7 @@ mod tests {
     }
 
     async fn ask_with_key(api: &SettingsApi, id: &str, key: Option<&str>) -> Answer {
-        crate::install_crypto_provider();
+        mqtt_connection::install_crypto_provider();
         let url = api.url().replace("{externalId}", id);
         let mut request = reqwest::Client::new().get(url);
         if let Some(key) = key {

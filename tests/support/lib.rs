@@ -35,6 +35,12 @@ pub fn seeded_choices() -> impl FnMut(u64) -> u64 {
     }
 }
 
+/// Now, in Unix milliseconds.
+pub fn now() -> i64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("after 1970");
+    i64::try_from(now.as_millis()).expect("before the end of time")
+}
+
 /// Asks again and again until there is an answer; panics with `what` when [`PATIENCE`] is at its end.
 pub async fn eventually<T, F: Future<Output = Option<T>>>(what: &str, mut ask: impl FnMut() -> F) -> T {
     let begin = std::time::Instant::now();

@@ -30,6 +30,26 @@ const REQUESTS: usize = 1024;
 /// Packets a little larger than the largest payload that the broker carries.
 const PACKET_BYTES: usize = protocol::MAX_PAYLOAD_BYTES + 4096;
 
+/// Chooses the TLS implementation of this process. Every entry point calls it; only the first call counts.
+pub fn install_crypto_provider() {
+    // An error means that the program has chosen already, which is as good.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+}
+
+/// An error and its causes in one line: the outermost of a library's errors often names none of what happened.
+pub fn with_causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(inner) = cause {
+        let inner_text = inner.to_string();
+        if !text.ends_with(&inner_text) {
+            text = format!("{text}: {inner_text}");
+        }
+        cause = inner.source();
+    }
+    text
+}
+
 /// A certificate or key that cannot be used, or the lack of one.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]

@@ -33,26 +33,6 @@ impl Failure {
     }
 }
 
-/// Chooses the TLS implementation of this process. Every entry point calls it; only the first call counts.
-pub fn install_crypto_provider() {
-    // An error means that the program has chosen already, which is as good.
-    let _ = rustls::crypto::ring::default_provider().install_default();
-}
-
-/// An error and its causes in one line: the outermost of a library's errors often names none of what happened.
-pub(crate) fn with_causes(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(inner) = cause {
-        let inner_text = inner.to_string();
-        if !text.ends_with(&inner_text) {
-            text = format!("{text}: {inner_text}");
-        }
-        cause = inner.source();
-    }
-    text
-}
-
 /// The beginning of a text, of so many bytes at most.
 pub(crate) fn beginning(text: &str, bytes: usize) -> &str {
     &text[..text.floor_char_boundary(bytes)]

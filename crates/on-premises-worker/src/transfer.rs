@@ -2,7 +2,7 @@
 //!
 //! A signed address is a credential: none of them gets into a log or an error.
 
-use crate::with_causes;
+use mqtt_connection::with_causes;
 use reqwest::header::{CONTENT_LENGTH, HOST};
 use reqwest::{Client, Response};
 use serde_json::Value;
@@ -144,7 +144,7 @@ mod tests {
     }
 
     fn transfers() -> Transfers {
-        crate::install_crypto_provider();
+        mqtt_connection::install_crypto_provider();
         Transfers(Client::builder().no_proxy().build().unwrap())
     }
 

@@ -41,7 +41,7 @@ pub struct RunError(String);
 
 /// The worker's TLS settings. Fails if a certificate or the key cannot be used.
 pub fn tls(config: &Config) -> Result<Arc<ClientConfig>, RunError> {
-    crate::install_crypto_provider();
+    mqtt_connection::install_crypto_provider();
     let trust = Trust::new(config.ca.as_deref()).map_err(RunError)?;
     let settings = trust.of_client(&config.certificate, &config.private_key, config.endpoint.port);
     settings.map_err(|error| RunError(error.to_string()))

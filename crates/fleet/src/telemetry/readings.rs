@@ -154,8 +154,12 @@ impl Readings {
         put.send().await.map(|_| ()).map_err(|error| aws("dynamodb:PutItem", &error))
     }
 
-    /// When what was received then may be forgotten, in Unix seconds.
     fn expiry(&self, received_at: i64) -> i64 {
-        received_at / 1000 + i64::from(self.keep_days) * DAY
+        expiry(received_at, self.keep_days)
     }
+}
+
+/// When what was received then may be forgotten, in Unix seconds.
+pub(crate) fn expiry(received_at: i64, keep_days: u32) -> i64 {
+    received_at / 1000 + i64::from(keep_days) * DAY
 }

@@ -3,7 +3,7 @@
 use super::climate::{Climate, Metric, Reason, Remedy};
 pub use super::climate::{Rule, Rules};
 use super::metrics::Metrics;
-use super::readings::Sample;
+use super::readings::{Sample, expiry};
 use crate::aws::{number, text};
 use crate::error::{aws, unbuilt};
 use crate::item_table::ItemTable;
@@ -178,7 +178,7 @@ async fn record(adapters: &Adapters, remedy: &Remedy) -> Result<(), Error> {
         .set_item(Some(fields))
         .item("device", text(sample.device.as_str()))
         .item("reading", text(&remedy.id))
-        .item("expiresAt", number(sample.received_at / 1000 + i64::from(adapters.places.reading_days) * 86_400));
+        .item("expiresAt", number(expiry(sample.received_at, adapters.places.reading_days)));
     put.send().await.map(|_| ()).map_err(|error| aws("dynamodb:PutItem", &error))
 }
 

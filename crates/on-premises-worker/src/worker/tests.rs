@@ -40,7 +40,7 @@ fn job(handle: &str, handler: Option<&str>, input: Value) -> JobMessage {
 
 impl Bench {
     fn start(folder: &Path) -> Self {
-        crate::install_crypto_provider();
+        mqtt_connection::install_crypto_provider();
         let config = config(folder);
         // Nobody listens there, and the certificate is never shown.
         let tls = ClientConfig::builder().with_root_certificates(rustls::RootCertStore::empty()).with_no_client_auth();
