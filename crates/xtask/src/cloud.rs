@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::io::Write as _;
 use std::net::TcpListener;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
@@ -30,6 +30,9 @@ pub(crate) struct UpOptions {
     /// Leave the cloud running in the background; `cargo xtask down` stops it.
     #[arg(long)]
     detach: bool,
+    /// Put a proxy before it that counts all AWS calls, and disturbs them on request (`/_proxy/calls`, `/_proxy/rules`).
+    #[arg(long)]
+    proxy: bool,
     /// A parameter of the template (may be repeated).
     #[arg(long = "parameter", value_name = "NAME=VALUE", value_parser = parameter)]
     parameters: Vec<(String, String)>,
@@ -64,26 +67,41 @@ fn parameter(text: &str) -> Result<(String, String), String> {
     }
 }
 
-/// Three ports, free when they were chosen.
+/// Ports that were free when they were chosen.
 struct Ports {
     gateway: u16,
     stepfunctions: u16,
     mqtt: u16,
+    /// Where the first two listen if a proxy stands before them.
+    behind_proxy: Option<[u16; 2]>,
 }
 
 impl Ports {
-    fn choose(fixed: FixedPorts) -> Result<Self> {
+    fn choose(fixed: FixedPorts, proxy: bool) -> Result<Self> {
         // All are held until all are chosen, so that they differ.
         let gateway = listen(fixed.port)?;
         let stepfunctions = listen(None)?;
         let mqtt = listen(fixed.mqtt_port)?;
+        let behind = [listen(None)?, listen(None)?];
         let port = |listener: &TcpListener| listener.local_addr().map(|address| address.port());
-        Ok(Self { gateway: port(&gateway)?, stepfunctions: port(&stepfunctions)?, mqtt: port(&mqtt)? })
+        Ok(Self {
+            gateway: port(&gateway)?,
+            stepfunctions: port(&stepfunctions)?,
+            mqtt: port(&mqtt)?,
+            behind_proxy: if proxy { Some([port(&behind[0])?, port(&behind[1])?]) } else { None },
+        })
     }
 
     /// Whether somebody else has taken one of them since.
     fn taken(&self) -> bool {
-        [self.gateway, self.stepfunctions, self.mqtt].into_iter().any(|port| listen(Some(port)).is_err())
+        let all =
+            [self.gateway, self.stepfunctions, self.mqtt].into_iter().chain(self.behind_proxy.into_iter().flatten());
+        all.into_iter().any(|port| listen(Some(port)).is_err())
+    }
+
+    /// Where MiniStack and Step Functions listen themselves.
+    fn served(&self) -> [u16; 2] {
+        self.behind_proxy.unwrap_or([self.gateway, self.stepfunctions])
     }
 }
 
@@ -102,6 +120,8 @@ pub(crate) struct Cloud {
     // Step Functions first: its tasks call MiniStack.
     stepfunctions: Process,
     ministack: Process,
+    /// The proxy before both, if there is one; it ends last, without a rule of its own.
+    proxy: Option<Process>,
     /// URL of everything but Step Functions.
     pub(crate) endpoint: String,
     /// URL of Step Functions.
@@ -136,14 +156,24 @@ impl Drop for OpenRun {
 impl Cloud {
     /// Starts both parts and waits until they answer.
     pub(crate) fn start(project: &Project, fixed: FixedPorts, detached: bool) -> Result<Self> {
+        Self::launch(project, fixed, detached, None)
+    }
+
+    /// The same behind a proxy that counts all calls, and disturbs them on request.
+    pub(crate) fn start_behind_proxy(project: &Project, fixed: FixedPorts, detached: bool) -> Result<Self> {
+        let proxy = crate::program::built(project, "aws-proxy")?;
+        Self::launch(project, fixed, detached, Some(&proxy))
+    }
+
+    fn launch(project: &Project, fixed: FixedPorts, detached: bool, proxy: Option<&Path>) -> Result<Self> {
         let venvs = Venvs::ready(project)?;
         let step = Step::start("Local cloud: MiniStack and Step Functions");
         let run = OpenRun(Run::create(project)?);
         let mut attempt = 1;
-        let (ports, ministack, stepfunctions) = loop {
-            let ports = Ports::choose(fixed)?;
-            match start_processes(project, &venvs, &run, &ports) {
-                Ok((ministack, stepfunctions)) => break (ports, ministack, stepfunctions),
+        let (ports, processes) = loop {
+            let ports = Ports::choose(fixed, proxy.is_some())?;
+            match start_processes(project, &venvs, &run, &ports, proxy) {
+                Ok(processes) => break (ports, processes),
                 // Between the choice of a port and its use another program may have taken it.
                 Err(error)
                     if attempt < START_ATTEMPTS && !fixed.any() && !error.is::<Interrupted>() && ports.taken() =>
@@ -154,8 +184,9 @@ impl Cloud {
             }
         };
         let cloud = Self {
-            stepfunctions,
-            ministack,
+            stepfunctions: processes.stepfunctions,
+            ministack: processes.ministack,
+            proxy: processes.proxy,
             endpoint: url(ports.gateway),
             stepfunctions_endpoint: url(ports.stepfunctions),
             mqtt: format!("127.0.0.1:{}", ports.mqtt),
@@ -174,7 +205,9 @@ impl Cloud {
             .context("MiniStack does not hand out the certificate of its MQTT broker")?;
         fs::write(&self.ca, ca)?;
         let record = Record::new(&self.endpoint, &self.stepfunctions_endpoint, &self.mqtt, STACK, detached)?;
-        self.run.record(record, &[("ministack", &self.ministack), ("stepfunctions", &self.stepfunctions)])?;
+        let mut processes = vec![("ministack", &self.ministack), ("stepfunctions", &self.stepfunctions)];
+        processes.extend(self.proxy.as_ref().map(|proxy| ("aws-proxy", proxy)));
+        self.run.record(record, &processes)?;
         let path = format!("export PATH='{}':\"$PATH\"\n", self.venvs.build.folder.join("bin").display());
         fs::write(self.run.file("env"), format!("unset AWS_PROFILE AWS_SESSION_TOKEN\n{path}"))?;
         self.export(self.environment())
@@ -224,6 +257,9 @@ impl Cloud {
     fn leave(self) {
         self.stepfunctions.leave();
         self.ministack.leave();
+        if let Some(proxy) = self.proxy {
+            proxy.leave();
+        }
         std::mem::forget(self.run);
     }
 }
@@ -241,7 +277,29 @@ fn url(port: u16) -> String {
     format!("http://127.0.0.1:{port}")
 }
 
-fn start_processes(project: &Project, venvs: &Venvs, run: &Run, ports: &Ports) -> Result<(Process, Process)> {
+/// The processes of a running cloud.
+struct CloudProcesses {
+    stepfunctions: Process,
+    ministack: Process,
+    proxy: Option<Process>,
+}
+
+fn start_processes(
+    project: &Project,
+    venvs: &Venvs,
+    run: &Run,
+    ports: &Ports,
+    proxy: Option<&Path>,
+) -> Result<CloudProcesses> {
+    let [served_gateway, served_stepfunctions] = ports.served();
+    let proxy = proxy.map(|program| {
+        let mut command = project.command(program);
+        for (front, behind) in [(ports.gateway, served_gateway), (ports.stepfunctions, served_stepfunctions)] {
+            command.arg("--forward").arg(format!("{front}:{behind}"));
+        }
+        project.processes.spawn("The proxy", Kind::Service, &mut command, Some(&run.log("aws-proxy")))
+    });
+    let proxy = proxy.transpose()?;
     let log = run.log("ministack");
     let mut command = ministack(project, venvs, run, ports);
     let ministack = project.processes.spawn("MiniStack", Kind::Service, &mut command, Some(&log))?;
@@ -249,14 +307,14 @@ fn start_processes(project: &Project, venvs: &Venvs, run: &Run, ports: &Ports) -
     let mut command = project.tool(&venvs.cloud, "python");
     command
         .arg(project.root.join("local/stepfunctions_local.py"))
-        .arg(ports.stepfunctions.to_string())
+        .arg(served_stepfunctions.to_string())
         .envs(credentials())
         .env("MOTO_PORT", ports.gateway.to_string())
         .env("MOTO_ACCOUNT_ID", ACCOUNT)
         .env("TMPDIR", run.file("tmp"));
     let stepfunctions = project.processes.spawn("Step Functions", Kind::Service, &mut command, Some(&log))?;
     healthy(project, ports)?;
-    Ok((ministack, stepfunctions))
+    Ok(CloudProcesses { stepfunctions, ministack, proxy })
 }
 
 fn ministack(project: &Project, venvs: &Venvs, run: &Run, ports: &Ports) -> Command {
@@ -264,7 +322,7 @@ fn ministack(project: &Project, venvs: &Venvs, run: &Run, ports: &Ports) -> Comm
     command
         .arg(project.root.join("local/ministack_local.py"))
         .envs(credentials())
-        .env("GATEWAY_PORT", ports.gateway.to_string())
+        .env("GATEWAY_PORT", ports.served()[0].to_string())
         .env("BIND_HOST", "127.0.0.1")
         .env("IOT_MTLS_ENABLED", "1")
         .env("IOT_MTLS_PORT", ports.mqtt.to_string())
@@ -317,7 +375,8 @@ fn get(url: &str) -> Option<String> {
 
 /// Starts the cloud, deploys to it and stays, or leaves it running.
 pub(crate) fn up(project: &Project, options: &UpOptions) -> Result<()> {
-    let cloud = Cloud::start(project, options.ports, options.detach)?;
+    let start = if options.proxy { Cloud::start_behind_proxy } else { Cloud::start };
+    let cloud = start(project, options.ports, options.detach)?;
     let settings_api = options.settings_api.then(SettingsApi::reserve).transpose()?;
     let mut parameters = options.parameters.clone();
     if let Some(api) = &settings_api {

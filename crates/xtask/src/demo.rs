@@ -8,7 +8,6 @@ mod recovery;
 mod telemetry;
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -16,7 +15,6 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
 use serde::Deserialize;
-use serde_json::Value;
 
 use crate::cloud::{self, Cloud};
 use crate::console::Step;
@@ -96,26 +94,7 @@ pub(crate) fn demo(project: &Project, options: &DemoOptions) -> Result<()> {
 
 /// Builds the simulator; the rest of the demonstration would be in vain without it.
 fn simulator(project: &Project) -> Result<PathBuf> {
-    program(project, "device-simulator")
-}
-
-/// Builds the program of a package of the same name.
-fn program(project: &Project, package: &str) -> Result<PathBuf> {
-    let logs = project.state();
-    fs::create_dir_all(&logs)?;
-    let mut build = project.command("cargo");
-    build.args(["build", "--package", package, "--message-format", "json-render-diagnostics"]);
-    let step = Step::start(format!("$ {}", project.line(&build)));
-    let log = logs.join(format!("{package}-build.log"));
-    let messages = project.processes.output(&format!("`cargo build --package {package}`"), &mut build, &log)?;
-    step.done();
-    // Cargo knows where its target folder is, whatever the settings.
-    messages
-        .lines()
-        .filter_map(|line| serde_json::from_str::<Value>(line).ok())
-        .filter(|message| message["target"]["name"] == package)
-        .find_map(|message| message["executable"].as_str().map(PathBuf::from))
-        .with_context(|| format!("Cargo has built no program named {package}"))
+    crate::program::built(project, "device-simulator")
 }
 
 /// The deployed stack, and the simulator of its devices.

@@ -6,6 +6,7 @@ mod console;
 mod demo;
 mod deploy;
 mod process;
+mod program;
 mod project;
 mod python;
 mod run;

@@ -41,7 +41,7 @@ pub(super) fn demo(project: &Project, options: &DemoOptions) -> Result<()> {
     if options.fail.is_some() {
         bail!("--fail is not for this demonstration: it has no devices");
     }
-    let worker = super::program(project, "on-premises-worker")?;
+    let worker = crate::program::built(project, "on-premises-worker")?;
     let cloud = Cloud::start(project, FixedPorts::default(), false)?;
     let outputs = deploy::deploy(project, &cloud, &deploy::parameters(PARAMETERS))?;
     let demo = Demo { project, cloud: &cloud, outputs, simulator: PathBuf::new(), options };

@@ -1,0 +1,29 @@
+//! The workspace's own programs.
+
+use std::fs;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+
+use crate::console::Step;
+use crate::project::Project;
+
+/// Builds the program of a package of the same name.
+pub(crate) fn built(project: &Project, package: &str) -> Result<PathBuf> {
+    let logs = project.state();
+    fs::create_dir_all(&logs)?;
+    let mut build = project.command("cargo");
+    build.args(["build", "--package", package, "--message-format", "json-render-diagnostics"]);
+    let step = Step::start(format!("$ {}", project.line(&build)));
+    let log = logs.join(format!("{package}-build.log"));
+    let messages = project.processes.output(&format!("`cargo build --package {package}`"), &mut build, &log)?;
+    step.done();
+    // Cargo knows where its target folder is, whatever the settings.
+    messages
+        .lines()
+        .filter_map(|line| serde_json::from_str::<Value>(line).ok())
+        .filter(|message| message["target"]["name"] == package)
+        .find_map(|message| message["executable"].as_str().map(PathBuf::from))
+        .with_context(|| format!("Cargo has built no program named {package}"))
+}
