@@ -30,7 +30,8 @@ pub(crate) struct UpOptions {
     /// Leave the cloud running in the background; `cargo xtask down` stops it.
     #[arg(long)]
     detach: bool,
-    /// Put a proxy before it that counts all AWS calls, and disturbs them on request (`/_proxy/calls`, `/_proxy/rules`).
+    /// Have a proxy count the AWS calls of functions and state machines, and disturb them on request ($`FLEETFLOW_PROXY`:
+    /// `/_proxy/calls`, `/_proxy/rules`).
     #[arg(long)]
     proxy: bool,
     /// A parameter of the template (may be repeated).
@@ -72,8 +73,8 @@ struct Ports {
     gateway: u16,
     stepfunctions: u16,
     mqtt: u16,
-    /// Where the first two listen if a proxy stands before them.
-    behind_proxy: Option<[u16; 2]>,
+    /// Where a proxy listens for what the functions and the state machines call, if there is one.
+    proxies: Option<[u16; 2]>,
 }
 
 impl Ports {
@@ -82,26 +83,25 @@ impl Ports {
         let gateway = listen(fixed.port)?;
         let stepfunctions = listen(None)?;
         let mqtt = listen(fixed.mqtt_port)?;
-        let behind = [listen(None)?, listen(None)?];
+        let proxies = [listen(None)?, listen(None)?];
         let port = |listener: &TcpListener| listener.local_addr().map(|address| address.port());
         Ok(Self {
             gateway: port(&gateway)?,
             stepfunctions: port(&stepfunctions)?,
             mqtt: port(&mqtt)?,
-            behind_proxy: if proxy { Some([port(&behind[0])?, port(&behind[1])?]) } else { None },
+            proxies: if proxy { Some([port(&proxies[0])?, port(&proxies[1])?]) } else { None },
         })
     }
 
     /// Whether somebody else has taken one of them since.
     fn taken(&self) -> bool {
-        let all =
-            [self.gateway, self.stepfunctions, self.mqtt].into_iter().chain(self.behind_proxy.into_iter().flatten());
+        let all = [self.gateway, self.stepfunctions, self.mqtt].into_iter().chain(self.proxies.into_iter().flatten());
         all.into_iter().any(|port| listen(Some(port)).is_err())
     }
 
-    /// Where MiniStack and Step Functions listen themselves.
-    fn served(&self) -> [u16; 2] {
-        self.behind_proxy.unwrap_or([self.gateway, self.stepfunctions])
+    /// The ports of `MiniStack` and Step Functions as the functions and the state machines have them.
+    fn called(&self) -> [u16; 2] {
+        self.proxies.unwrap_or([self.gateway, self.stepfunctions])
     }
 }
 
@@ -120,8 +120,8 @@ pub(crate) struct Cloud {
     // Step Functions first: its tasks call MiniStack.
     stepfunctions: Process,
     ministack: Process,
-    /// The proxy before both, if there is one; it ends last, without a rule of its own.
-    proxy: Option<Process>,
+    /// The proxy between them and what calls them, and its URL.
+    proxy: Option<(Process, String)>,
     /// URL of everything but Step Functions.
     pub(crate) endpoint: String,
     /// URL of Step Functions.
@@ -159,8 +159,8 @@ impl Cloud {
         Self::launch(project, fixed, detached, None)
     }
 
-    /// The same behind a proxy that counts all calls, and disturbs them on request.
-    pub(crate) fn start_behind_proxy(project: &Project, fixed: FixedPorts, detached: bool) -> Result<Self> {
+    /// The same with a proxy that counts the calls of functions and state machines, and disturbs them on request.
+    pub(crate) fn start_with_proxy(project: &Project, fixed: FixedPorts, detached: bool) -> Result<Self> {
         let proxy = crate::program::built(project, "aws-proxy")?;
         Self::launch(project, fixed, detached, Some(&proxy))
     }
@@ -186,7 +186,7 @@ impl Cloud {
         let cloud = Self {
             stepfunctions: processes.stepfunctions,
             ministack: processes.ministack,
-            proxy: processes.proxy,
+            proxy: processes.proxy.map(|proxy| (proxy, url(ports.called()[0]))),
             endpoint: url(ports.gateway),
             stepfunctions_endpoint: url(ports.stepfunctions),
             mqtt: format!("127.0.0.1:{}", ports.mqtt),
@@ -206,7 +206,7 @@ impl Cloud {
         fs::write(&self.ca, ca)?;
         let record = Record::new(&self.endpoint, &self.stepfunctions_endpoint, &self.mqtt, STACK, detached)?;
         let mut processes = vec![("ministack", &self.ministack), ("stepfunctions", &self.stepfunctions)];
-        processes.extend(self.proxy.as_ref().map(|proxy| ("aws-proxy", proxy)));
+        processes.extend(self.proxy.as_ref().map(|(proxy, _)| ("aws-proxy", proxy)));
         self.run.record(record, &processes)?;
         let path = format!("export PATH='{}':\"$PATH\"\n", self.venvs.build.folder.join("bin").display());
         fs::write(self.run.file("env"), format!("unset AWS_PROFILE AWS_SESSION_TOKEN\n{path}"))?;
@@ -236,6 +236,7 @@ impl Cloud {
             ("FLEETFLOW_VENV_BUILD", self.venvs.build.folder.display().to_string()),
             ("FLEETFLOW_VENV_CLOUD", self.venvs.cloud.folder.display().to_string()),
         ]);
+        environment.extend(self.proxy.as_ref().map(|(_, url)| ("FLEETFLOW_PROXY", url.clone())));
         environment
     }
 
@@ -257,7 +258,7 @@ impl Cloud {
     fn leave(self) {
         self.stepfunctions.leave();
         self.ministack.leave();
-        if let Some(proxy) = self.proxy {
+        if let Some((proxy, _)) = self.proxy {
             proxy.leave();
         }
         std::mem::forget(self.run);
@@ -291,10 +292,10 @@ fn start_processes(
     ports: &Ports,
     proxy: Option<&Path>,
 ) -> Result<CloudProcesses> {
-    let [served_gateway, served_stepfunctions] = ports.served();
+    let called = ports.called();
     let proxy = proxy.map(|program| {
         let mut command = project.command(program);
-        for (front, behind) in [(ports.gateway, served_gateway), (ports.stepfunctions, served_stepfunctions)] {
+        for (front, behind) in called.into_iter().zip([ports.gateway, ports.stepfunctions]) {
             command.arg("--forward").arg(format!("{front}:{behind}"));
         }
         project.processes.spawn("The proxy", Kind::Service, &mut command, Some(&run.log("aws-proxy")))
@@ -307,9 +308,9 @@ fn start_processes(
     let mut command = project.tool(&venvs.cloud, "python");
     command
         .arg(project.root.join("local/stepfunctions_local.py"))
-        .arg(served_stepfunctions.to_string())
+        .arg(ports.stepfunctions.to_string())
         .envs(credentials())
-        .env("MOTO_PORT", ports.gateway.to_string())
+        .env("MOTO_PORT", called[0].to_string())
         .env("MOTO_ACCOUNT_ID", ACCOUNT)
         .env("TMPDIR", run.file("tmp"));
     let stepfunctions = project.processes.spawn("Step Functions", Kind::Service, &mut command, Some(&log))?;
@@ -322,14 +323,14 @@ fn ministack(project: &Project, venvs: &Venvs, run: &Run, ports: &Ports) -> Comm
     command
         .arg(project.root.join("local/ministack_local.py"))
         .envs(credentials())
-        .env("GATEWAY_PORT", ports.served()[0].to_string())
+        .env("GATEWAY_PORT", ports.gateway.to_string())
         .env("BIND_HOST", "127.0.0.1")
         .env("IOT_MTLS_ENABLED", "1")
         .env("IOT_MTLS_PORT", ports.mqtt.to_string())
         .env("MINISTACK_REGION", REGION)
         // Lambda processes inherit these; without them they would call AWS itself.
-        .env("AWS_ENDPOINT_URL", url(ports.gateway))
-        .env("AWS_ENDPOINT_URL_SFN", url(ports.stepfunctions))
+        .env("AWS_ENDPOINT_URL", url(ports.called()[0]))
+        .env("AWS_ENDPOINT_URL_SFN", url(ports.called()[1]))
         .env("AWS_LAMBDA_LOG_FORMAT", "JSON")
         // Gap: a call that the emulator throttles fails under a name that AWS does not use, so nothing retries it.
         .env("LAMBDA_ACCOUNT_CONCURRENCY", "0")
@@ -375,7 +376,7 @@ fn get(url: &str) -> Option<String> {
 
 /// Starts the cloud, deploys to it and stays, or leaves it running.
 pub(crate) fn up(project: &Project, options: &UpOptions) -> Result<()> {
-    let start = if options.proxy { Cloud::start_behind_proxy } else { Cloud::start };
+    let start = if options.proxy { Cloud::start_with_proxy } else { Cloud::start };
     let cloud = start(project, options.ports, options.detach)?;
     let settings_api = options.settings_api.then(SettingsApi::reserve).transpose()?;
     let mut parameters = options.parameters.clone();
