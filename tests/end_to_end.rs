@@ -12,7 +12,7 @@ use fleet::workflows::rendezvous::{Answer, Meeting, Operation, Rendezvous, Wait}
 use protocol::{Command, DeviceFailure, JobId, OperationId, ProtocolName, Publication, Step, StepOutcome, ThingName};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
-use tests::{Cloud, Ended, ScriptedDevice, eventually, kill_functions, names, seeded_choices, with_faults};
+use tests::{Cloud, Ended, ScriptedDevice, eventually, kill_functions, meeting, names, seeded_choices, with_faults};
 
 const DEVICE_STEPS: [Step; 4] =
     [Step::DownloadStarted, Step::FirmwareTransferred, Step::DownloadOperationDone, Step::DeviceRebooted];
@@ -132,10 +132,10 @@ async fn a_device_that_is_offline_is_waited_for() {
     // The waits are there, and nobody has been asked to do anything.
     for thing in &things {
         eventually("the workflow waits for the device", || async {
-            item(&cloud, thing, &first_operation(&job), Step::DeviceOnline).await?.task_token
+            meeting(&cloud, thing, &first_operation(&job), Step::DeviceOnline).await?.task_token
         })
         .await;
-        assert_eq!(item(&cloud, thing, &first_operation(&job), Step::DownloadStarted).await, None);
+        assert_eq!(meeting(&cloud, thing, &first_operation(&job), Step::DownloadStarted).await, None);
     }
     for thing in &things {
         assert!(fleet.power_on(thing));
@@ -143,15 +143,6 @@ async fn a_device_that_is_offline_is_waited_for() {
     let ended = cloud.ended(&job, &things).await;
     assert!(ended.values().all(|ended| ended.status == Succeeded), "{ended:?}");
     fleet.stop().await;
-}
-
-/// A step's item in the rendezvous table.
-async fn item(cloud: &Cloud, thing: &ThingName, operation: &OperationId, step: Step) -> Option<Meeting> {
-    let text = |value: &str| aws_sdk_dynamodb::types::AttributeValue::S(value.to_owned());
-    let get = cloud.dynamodb.get_item().table_name(cloud.output("RendezvousTableName")).consistent_read(true);
-    let key = Operation::new(thing, operation).key();
-    let output = get.key("operation", text(&key)).key("step", text(step.name())).send().await.expect("the table");
-    output.item.map(|item| serde_dynamo::from_item(item).expect("a meeting"))
 }
 
 /// A continuous job on whatever is not at the target version: who is, leaves the group; who comes, is upgraded.
@@ -200,7 +191,7 @@ async fn cancelling_stops_the_workflow_and_tells_the_device() {
         let (operation, reply_to) = device.download().await;
         device.succeed(&operation, &reply_to, Step::DownloadStarted, "").await;
         eventually("the workflow waits for the transfer", || async {
-            item(&cloud, &device.thing, &operation, Step::FirmwareTransferred).await?.task_token
+            meeting(&cloud, &device.thing, &operation, Step::FirmwareTransferred).await?.task_token
         })
         .await;
         let cancel = cloud.iot.cancel_job_execution().job_id(&job).thing_name(device.thing.as_str()).force(true);
@@ -315,8 +306,10 @@ async fn early_repeated_reordered_and_wrong_messages() {
             device.succeed(&operation, &reply_to, step, "2.0.0").await;
         }
         for step in DEVICE_STEPS {
-            eventually("the answer has come", || async { item(&cloud, &device.thing, &operation, step).await?.answer })
-                .await;
+            eventually("the answer has come", || async {
+                meeting(&cloud, &device.thing, &operation, step).await?.answer
+            })
+            .await;
             device.answer(&operation, &reply_to, step, failure.clone()).await;
         }
 
@@ -327,11 +320,11 @@ async fn early_repeated_reordered_and_wrong_messages() {
         assert_eq!(cloud.dead_letter(&encoded).await, "MalformedMessage");
         // Late: the workflow has ended, and nothing that the device still says changes what is known of it.
         device.succeed(&operation, &reply_to, Step::DeviceRebooted, "0.0.1").await;
-        let meeting = eventually("the late answer has come", || async {
-            let meeting = item(&cloud, &device.thing, &operation, Step::DeviceRebooted).await?;
+        let late = eventually("the late answer has come", || async {
+            let meeting = meeting(&cloud, &device.thing, &operation, Step::DeviceRebooted).await?;
             (meeting.arrivals == 3).then_some(meeting)
         });
-        assert_eq!(meeting.await.answer, Some(Answer::Succeeded { firmware_version: Some("2.0.0".into()) }));
+        assert_eq!(late.await.answer, Some(Answer::Succeeded { firmware_version: Some("2.0.0".into()) }));
         assert_eq!(cloud.attribute(&device.thing, "firmwareVersion").await.as_deref(), Some("2.0.0"));
     }
 }
@@ -347,7 +340,7 @@ async fn progress_prolongs_a_wait() {
     let (operation, reply_to) = device.download().await;
     device.succeed(&operation, &reply_to, Step::DownloadStarted, "").await;
     eventually("the workflow waits for the transfer", || async {
-        item(&cloud, &device.thing, &operation, Step::FirmwareTransferred).await?.task_token
+        meeting(&cloud, &device.thing, &operation, Step::FirmwareTransferred).await?.task_token
     })
     .await;
     // One and a half deadlines in all, a sixth of one between two reports.
@@ -384,7 +377,7 @@ async fn nothing_is_sent_to_devices_that_need_or_want_no_upgrade() {
     assert_eq!(ended[&things[0]], Ended::new(Succeeded, "AlreadyAtTarget"));
     assert_eq!(ended[&things[1]], Ended::new(Failed, "NotUpgradable"));
     for thing in &things {
-        assert_eq!(item(&cloud, thing, &first_operation(&job), Step::DownloadStarted).await, None);
+        assert_eq!(meeting(&cloud, thing, &first_operation(&job), Step::DownloadStarted).await, None);
     }
 }
 
@@ -550,7 +543,7 @@ async fn the_table_follows_the_rules_of_the_rendezvous() {
                 expected.arrive(&answer);
                 rendezvous.arrive(&operation, Step::DeviceRebooted, &answer).await.expect("arrive");
             }
-            let found = item(&cloud, &thing, &operation.id, Step::DeviceRebooted).await.unwrap_or_default();
+            let found = meeting(&cloud, &thing, &operation.id, Step::DeviceRebooted).await.unwrap_or_default();
             assert_eq!(found, expected);
         }
     }

@@ -11,7 +11,8 @@ use aws_smithy_http_client::{
 use base64::{Engine, prelude::BASE64_STANDARD};
 use device_simulator::provision::{DevicePolicy, ProtocolMix, ProvisionOptions, numbered, provision};
 use device_simulator::{DeviceSpec, Endpoint, Faults, Fleet, FleetOptions};
-use protocol::ThingName;
+use fleet::workflows::rendezvous::{Meeting, Operation};
+use protocol::{OperationId, Step, ThingName};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -328,6 +329,15 @@ impl Cloud {
     }
 }
 
+/// A step's item in the rendezvous table.
+pub async fn meeting(cloud: &Cloud, thing: &ThingName, operation: &OperationId, step: Step) -> Option<Meeting> {
+    let text = |value: &str| aws_sdk_dynamodb::types::AttributeValue::S(value.to_owned());
+    let get = cloud.dynamodb.get_item().table_name(cloud.output("RendezvousTableName")).consistent_read(true);
+    let key = Operation::new(thing, operation).key();
+    let output = get.key("operation", text(&key)).key("step", text(step.name())).send().await.expect("the table");
+    output.item.map(|item| serde_dynamo::from_item(item).expect("a meeting"))
+}
+
 /// The names of devices.
 pub fn names(devices: &[DeviceSpec]) -> Vec<ThingName> {
     devices.iter().map(|device| device.thing.clone()).collect()
@@ -342,7 +352,7 @@ pub fn with_faults(devices: &mut [DeviceSpec], faults: impl IntoIterator<Item = 
 
 /// Kills the running processes of a Lambda function of this run's cloud, as a failing host would; how many.
 pub fn kill_functions(function: &str) -> usize {
-    let endpoint = std::env::var("AWS_ENDPOINT_URL").expect("AWS_ENDPOINT_URL");
+    let run = variable("FLEETFLOW_RUN");
     let processes =
         std::fs::read_dir("/proc").expect("/proc").filter_map(|entry| entry.ok()?.file_name().into_string().ok());
     let ours = processes.filter(|pid| {
@@ -353,7 +363,7 @@ pub fn kill_functions(function: &str) -> usize {
                 .split('\0')
                 .any(|line| line.split_once('=').is_some_and(|(n, v)| n == name && v.contains(value)))
         };
-        has("AWS_LAMBDA_FUNCTION_NAME", function) && has("AWS_ENDPOINT_URL", &endpoint)
+        has("AWS_LAMBDA_FUNCTION_NAME", function) && has("TMPDIR", &run)
     });
     ours.filter(|pid| {
         std::process::Command::new("kill").args(["-9", pid]).status().is_ok_and(|status| status.success())

@@ -10,7 +10,7 @@ mod recoveries;
 mod scripted_device;
 mod workers;
 
-pub use cloud::{Cloud, Ended, Image, kill_functions, names, with_faults};
+pub use cloud::{Cloud, Ended, Image, kill_functions, meeting, names, with_faults};
 pub use crash::{Crash, crashing};
 pub use enforcing_broker::{Attempt, Credential, EnforcingBroker};
 pub use mqtt_device::MqttDevice;

@@ -1,0 +1,74 @@
+//! What is done to the AWS calls about one subject: the throttle matrix and the kill matrix.
+
+use aws_proxy::rules::{Effect, Rule};
+use rand::RngExt;
+use rand::rngs::StdRng;
+use rand::seq::IndexedRandom;
+use std::fmt;
+
+/// A call that a workflow makes: part of the function's name, and the operation. Without a function, a state machine's own task.
+pub(crate) type Point = (Option<&'static str>, &'static str);
+
+/// Calls that are disturbed. Without a point, whichever call about the subject comes at that place.
+#[derive(Debug, Clone)]
+pub(crate) struct Disturbance {
+    point: Option<Point>,
+    skip: u32,
+    times: u32,
+    effect: Effect,
+}
+
+impl Disturbance {
+    /// A function that is killed before or after a call: at one of these points, or anywhere.
+    pub(crate) fn kill(random: &mut StdRng, points: &[Point]) -> Self {
+        let functions: Vec<Point> = points.iter().copied().filter(|(function, _)| function.is_some()).collect();
+        let effect = if random.random() { Effect::KillBefore } else { Effect::KillAfter };
+        Self::somewhere(random, &functions, effect, 1)
+    }
+
+    /// An API that refuses or fails some times, answers late, or whose answer is lost.
+    pub(crate) fn refuse(random: &mut StdRng, points: &[Point]) -> Self {
+        let times = random.random_range(1..=6);
+        let (effect, times) = match random.random_range(0..6) {
+            0..=2 => (Effect::Throttle, times),
+            3 => (Effect::Unavailable, times),
+            4 => (Effect::LoseAnswer, 1),
+            _ => (Effect::Delay(random.random_range(500..4000)), times),
+        };
+        Self::somewhere(random, points, effect, times)
+    }
+
+    fn somewhere(random: &mut StdRng, points: &[Point], effect: Effect, times: u32) -> Self {
+        let named = random.random_bool(0.6);
+        let point = if named { points.choose(random).copied() } else { None };
+        // The same call is made a few times about a subject, and all of them together some twenty times.
+        let skip = if named { random.random_range(0..3) } else { random.random_range(0..20) };
+        Self { point, skip, times, effect }
+    }
+
+    /// The proxy's rule for the calls that have this text in them.
+    pub(crate) fn rule(&self, name: &str, contains: &str) -> Rule {
+        let (function, operation) = self.point.unzip();
+        Rule {
+            name: name.to_owned(),
+            contains: contains.to_owned(),
+            function: function.flatten().map(str::to_owned),
+            operation: operation.map(str::to_owned),
+            skip: self.skip,
+            times: self.times,
+            effect: self.effect,
+        }
+    }
+}
+
+impl fmt::Display for Disturbance {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { point, skip, times, effect } = self;
+        write!(f, "{effect:?} {times}x from call {} of ", skip + 1)?;
+        match point {
+            Some((Some(function), operation)) => write!(f, "{function} {operation}"),
+            Some((None, operation)) => write!(f, "the state machine's {operation}"),
+            None => f.write_str("any"),
+        }
+    }
+}

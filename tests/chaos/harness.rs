@@ -1,0 +1,332 @@
+//! Makes up cases, runs many of them at the same time, and says what became of each.
+
+use aws_proxy::rules::{Rule, State};
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
+use futures_util::{FutureExt, StreamExt, stream};
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+use serde::Serialize;
+use serde_json::Value;
+use std::collections::{BTreeMap, HashMap};
+use std::fmt::Display;
+use std::future::Future;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::panic::AssertUnwindSafe;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+use tests::Cloud;
+
+/// How many cases a slice has, how many run at the same time, and with which seed.
+const QUICK_CASES: usize = 8;
+const AT_ONCE: usize = 80;
+const SEED: u64 = 7;
+/// What has not ended by then is stuck: longer than all deadlines of a workflow, one after the other.
+const LIMIT: Duration = Duration::from_mins(20);
+const POLL: Duration = Duration::from_secs(2);
+
+/// A workflow under test.
+pub(crate) trait Workflow: Sync {
+    /// Its name, short enough to be part of a thing's name.
+    const NAME: &'static str;
+    /// What a case is made of.
+    type Plan: Display + Send + Sync;
+
+    /// The cloud that it runs on.
+    fn cloud(&self) -> &Cloud;
+
+    /// Makes up a case.
+    fn plan(random: &mut StdRng, number: usize) -> Self::Plan;
+
+    /// Carries it out, and looks at what came of it.
+    fn run(&self, case: &Case, plan: &Self::Plan) -> impl Future<Output = Verdict> + Send;
+
+    /// The dead letters about a case that are as they should be, by the name of the error.
+    fn dead_letters(_plan: &Self::Plan) -> Vec<&'static str> {
+        Vec::new()
+    }
+
+    /// What can only be told of all cases together: the failed ones.
+    fn audit(&self, _cases: &[(Case, Self::Plan)]) -> impl Future<Output = BTreeMap<usize, Failure>> + Send {
+        std::future::ready(BTreeMap::new())
+    }
+}
+
+/// One case.
+#[derive(Debug, Clone)]
+pub(crate) struct Case {
+    /// Its number.
+    pub(crate) number: usize,
+    /// A name that is part of its subject's and of no other's.
+    pub(crate) name: String,
+}
+
+/// How a case failed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Failure {
+    /// Something waits past its deadline.
+    Stuck(String),
+    /// It ended otherwise than it should have, or something happened twice.
+    Wrong(String),
+    /// A message has had no effect.
+    Lost(String),
+}
+
+/// How a case ended.
+pub(crate) type Verdict = Result<(), Failure>;
+
+/// Asks every other second until there is an answer.
+pub(crate) async fn within<T, F: Future<Output = Option<T>>>(
+    limit: Duration,
+    what: &str,
+    mut ask: impl FnMut() -> F,
+) -> Result<T, Failure> {
+    let begin = Instant::now();
+    loop {
+        if let Some(answer) = ask().await {
+            return Ok(answer);
+        }
+        if begin.elapsed() > limit {
+            return Err(Failure::Stuck(format!("waited {limit:?} in vain: {what}")));
+        }
+        tokio::time::sleep(POLL).await;
+    }
+}
+
+/// The same, for as long as a workflow may take.
+pub(crate) async fn eventually<T, F: Future<Output = Option<T>>>(
+    what: &str,
+    ask: impl FnMut() -> F,
+) -> Result<T, Failure> {
+    within(LIMIT, what, ask).await
+}
+
+/// `Wrong`, unless both are the same.
+pub(crate) fn same<T: PartialEq + std::fmt::Debug>(what: &str, found: &T, expected: &T) -> Verdict {
+    if found == expected { Ok(()) } else { Err(Failure::Wrong(format!("{what}: {found:?}, expected {expected:?}"))) }
+}
+
+/// The proxy before the local cloud.
+pub(crate) struct Proxy {
+    http: reqwest::Client,
+    rules: String,
+}
+
+impl Proxy {
+    /// The one that the environment names.
+    pub(crate) fn new() -> Self {
+        let proxy = std::env::var("FLEETFLOW_PROXY").expect("FLEETFLOW_PROXY: run these tests with `cargo xtask test`");
+        Self { http: reqwest::Client::new(), rules: format!("{proxy}/_proxy/rules") }
+    }
+
+    /// Disturbs from now on as these rules say.
+    pub(crate) async fn disturb(&self, rules: &[Rule]) {
+        let body = serde_json::to_vec(rules).expect("JSON");
+        let post = self.http.post(&self.rules).header("content-type", "application/json").body(body).send().await;
+        post.and_then(reqwest::Response::error_for_status).expect("the proxy takes the rules");
+    }
+
+    /// What the rules have done, by their names.
+    async fn disturbed(&self) -> HashMap<String, Vec<String>> {
+        let answer = self.http.get(&self.rules).send().await.expect("the proxy");
+        let states: Vec<State> = serde_json::from_slice(&answer.bytes().await.expect("the proxy")).expect("its rules");
+        let mut disturbed: HashMap<String, Vec<String>> = HashMap::new();
+        for State { rule, disturbed: calls, .. } in states {
+            disturbed.entry(rule.name).or_default().extend(calls);
+        }
+        disturbed
+    }
+}
+
+/// What the environment asks for.
+struct Run {
+    seed: u64,
+    cases: Vec<usize>,
+    report: Option<PathBuf>,
+}
+
+impl Run {
+    fn from_environment() -> Self {
+        let number = |name: &str| {
+            std::env::var(name).ok().map(|text| text.parse().unwrap_or_else(|_| panic!("{name}: {text:?}")))
+        };
+        let count =
+            number("FLEETFLOW_CHAOS_CASES").map_or(QUICK_CASES, |count| usize::try_from(count).expect("a count"));
+        let only = number("FLEETFLOW_CHAOS_CASE").map(|case| usize::try_from(case).expect("a number"));
+        Self {
+            seed: number("FLEETFLOW_SEED").unwrap_or(SEED),
+            cases: only.map_or_else(|| (0..count).collect(), |case| vec![case]),
+            report: std::env::var_os("FLEETFLOW_CHAOS_REPORTS").map(PathBuf::from),
+        }
+    }
+
+    /// The same case for the same seed, whichever others run.
+    fn random(&self, workflow: &str, number: usize) -> StdRng {
+        let mut hash = DefaultHasher::new();
+        (self.seed, workflow, number).hash(&mut hash);
+        StdRng::seed_from_u64(hash.finish())
+    }
+}
+
+/// What became of the cases of a workflow, as `cargo xtask test --chaos` reads it.
+#[derive(Serialize)]
+struct Report {
+    workflow: &'static str,
+    seed: u64,
+    cases: usize,
+    /// In how many of them a call was disturbed.
+    disturbed: usize,
+    survived: usize,
+    stuck: usize,
+    wrong: usize,
+    lost: usize,
+    seconds: u64,
+    log: Vec<Line>,
+}
+
+#[derive(Serialize)]
+struct Line {
+    case: usize,
+    plan: String,
+    disturbed: Vec<String>,
+    /// `survived`, or how it failed.
+    outcome: String,
+}
+
+/// Runs all cases; panics with those that failed.
+pub(crate) async fn prove<W: Workflow>(workflow: W) {
+    let run = Run::from_environment();
+    println!("{}: seed {}, {} cases", W::NAME, run.seed, run.cases.len());
+    let begin = Instant::now();
+    let id = uuid::Uuid::new_v4().simple().to_string();
+    let cases: Vec<(Case, W::Plan)> = run
+        .cases
+        .iter()
+        .map(|number| {
+            let case = Case { number: *number, name: format!("{}-{}-{number:04}", W::NAME, &id[..4]) };
+            (case, W::plan(&mut run.random(W::NAME, *number), *number))
+        })
+        .collect();
+    let mut failures = BTreeMap::new();
+    let mut ended = 0;
+    let mut verdicts =
+        stream::iter(&cases).map(|(case, plan)| verdict(&workflow, case, plan)).buffer_unordered(AT_ONCE);
+    while let Some((number, verdict)) = verdicts.next().await {
+        ended += 1;
+        if let Err(failure) = verdict {
+            println!("{} case {number}: {failure:?}", W::NAME);
+            failures.insert(number, failure);
+        }
+        if ended % 25 == 0 {
+            println!("{}: {ended} of {} cases after {} s", W::NAME, cases.len(), begin.elapsed().as_secs());
+        }
+    }
+    drop(verdicts);
+    for (number, failure) in workflow.audit(&cases).await.into_iter().chain(lost::<W>(&workflow, &cases).await) {
+        failures.entry(number).or_insert(failure);
+    }
+    let disturbed = Proxy::new().disturbed().await;
+    let report = report::<W>(&run, &cases, &failures, &disturbed, begin.elapsed());
+    show(&report);
+    if let Some(folder) = &run.report {
+        std::fs::create_dir_all(folder).expect("a folder");
+        let file = folder.join(format!("{}.json", W::NAME));
+        std::fs::write(file, serde_json::to_vec_pretty(&report).expect("JSON")).expect("the report is written");
+    }
+    assert!(failures.is_empty(), "{} of {} cases failed; seed {}", failures.len(), cases.len(), run.seed);
+}
+
+async fn verdict<W: Workflow>(workflow: &W, case: &Case, plan: &W::Plan) -> (usize, Verdict) {
+    let run = AssertUnwindSafe(tokio::time::timeout(2 * LIMIT, workflow.run(case, plan))).catch_unwind().await;
+    let verdict = match run {
+        Ok(Ok(verdict)) => verdict,
+        Ok(Err(_)) => Err(Failure::Stuck("the case has not ended".into())),
+        Err(panic) => {
+            let text = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
+            let text = text.unwrap_or("a panic").to_owned();
+            Err(if text.contains("in vain") { Failure::Stuck(text) } else { Failure::Wrong(text) })
+        }
+    };
+    (case.number, verdict)
+}
+
+/// The cases of which a message is among the dead letters that should not be there, or is not there and should.
+async fn lost<W: Workflow>(workflow: &W, cases: &[(Case, W::Plan)]) -> BTreeMap<usize, Failure> {
+    let letters = dead_letters(workflow.cloud()).await;
+    let mut lost = BTreeMap::new();
+    for (case, plan) in cases {
+        let about = letters.iter().filter(|(text, _)| text.contains(&case.name));
+        let mut found: Vec<&str> = about.map(|(_, error)| error.as_str()).collect();
+        let mut expected = W::dead_letters(plan);
+        found.sort_unstable();
+        expected.sort_unstable();
+        if found != expected {
+            lost.insert(case.number, Failure::Lost(format!("dead letters {found:?}, expected {expected:?}")));
+        }
+    }
+    lost
+}
+
+/// All dead letters: what they say, payloads decoded, and the name of their error (none if the queue gave them up).
+async fn dead_letters(cloud: &Cloud) -> Vec<(String, String)> {
+    let mut letters = BTreeMap::new();
+    let mut empty = 0;
+    while empty < 3 {
+        let receive = cloud.sqs.receive_message().queue_url(cloud.output("DeadLetterQueueUrl"));
+        let receive = receive.max_number_of_messages(10).visibility_timeout(60).wait_time_seconds(1);
+        let messages = receive.message_attribute_names("All").send().await.expect("the queue").messages;
+        let messages = messages.unwrap_or_default();
+        empty = if messages.is_empty() { empty + 1 } else { 0 };
+        for message in messages {
+            let body = message.body.unwrap_or_default();
+            let payload = serde_json::from_str::<Value>(&body).ok().and_then(|body| {
+                let payload = BASE64_STANDARD.decode(body["payload"].as_str()?).ok()?;
+                Some(String::from_utf8_lossy(&payload).into_owned())
+            });
+            let error = message.message_attributes.and_then(|mut all| all.remove("errorType")?.string_value);
+            let text = format!("{body} {}", payload.unwrap_or_default());
+            letters.insert(message.message_id, (text, error.unwrap_or_else(|| "given up".into())));
+        }
+    }
+    letters.into_values().collect()
+}
+
+fn report<W: Workflow>(
+    run: &Run,
+    cases: &[(Case, W::Plan)],
+    failures: &BTreeMap<usize, Failure>,
+    disturbed: &HashMap<String, Vec<String>>,
+    time: Duration,
+) -> Report {
+    let calls = |case: &Case| disturbed.get(&case.name).cloned().unwrap_or_default();
+    let count = |is: fn(&Failure) -> bool| failures.values().filter(|failure| is(failure)).count();
+    let line = |(case, plan): &(Case, W::Plan)| Line {
+        case: case.number,
+        plan: plan.to_string(),
+        disturbed: calls(case),
+        outcome: failures.get(&case.number).map_or_else(|| "survived".into(), |failure| format!("{failure:?}")),
+    };
+    Report {
+        workflow: W::NAME,
+        seed: run.seed,
+        cases: cases.len(),
+        disturbed: cases.iter().filter(|(case, _)| !calls(case).is_empty()).count(),
+        survived: cases.len() - failures.len(),
+        stuck: count(|failure| matches!(failure, Failure::Stuck(_))),
+        wrong: count(|failure| matches!(failure, Failure::Wrong(_))),
+        lost: count(|failure| matches!(failure, Failure::Lost(_))),
+        seconds: time.as_secs(),
+        log: cases.iter().map(line).collect(),
+    }
+}
+
+fn show(report: &Report) {
+    for line in report.log.iter().filter(|line| line.outcome != "survived") {
+        println!("case {}: {}\n  disturbed: {:?}\n  {}", line.case, line.plan, line.disturbed, line.outcome);
+    }
+    let Report { workflow, seed, cases, disturbed, survived, stuck, wrong, lost, seconds, .. } = report;
+    println!(
+        "{workflow}: {cases} cases ({disturbed} with disturbed calls), {survived} survived, {stuck} stuck, {wrong} wrong, \
+         {lost} lost; seed {seed}, {seconds} s"
+    );
+}

@@ -1,0 +1,16 @@
+//! Each workflow under faults that are made up by a seed: messages that are early, late, twice or never, functions killed before
+//! and after their calls, APIs that refuse, devices that come and go. After each case the same is asked of it: has everything
+//! ended, as it should, with nothing lost and nothing done twice?
+//!
+//! `cargo xtask test` runs a slice of it, `cargo xtask test --chaos 500` the long run; they need its local cloud and its proxy.
+#![allow(clippy::unwrap_used)]
+
+mod disturbance;
+mod firmware;
+mod harness;
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs the local cloud: cargo xtask test"]
+async fn firmware_upgrades_survive() {
+    harness::prove(firmware::FirmwareUpgrade::connect().await).await;
+}
