@@ -46,12 +46,12 @@ impl Disturbance {
         Self { point, skip, times, effect }
     }
 
-    /// The proxy's rule for the calls that have this text in them.
-    pub(crate) fn rule(&self, name: &str, contains: &str) -> Rule {
+    /// The proxy's rule for the calls that have the case's name in them.
+    pub(crate) fn rule(&self, case: &str) -> Rule {
         let (function, operation) = self.point.unzip();
         Rule {
-            name: name.to_owned(),
-            contains: contains.to_owned(),
+            name: case.to_owned(),
+            contains: case.to_owned(),
             function: function.flatten().map(str::to_owned),
             operation: operation.map(str::to_owned),
             skip: self.skip,

@@ -1,7 +1,7 @@
 //! Firmware upgrades: one device and one job a case.
 
 use crate::disturbance::{Disturbance, Point};
-use crate::harness::{Case, Failure, Proxy, Verdict, Workflow, eventually, same};
+use crate::harness::{Case, Executions, Failure, Proxy, Verdict, Workflow, eventually, same};
 use aws_sdk_iot::types::JobExecutionStatus::{self, Failed, Succeeded, TimedOut};
 use aws_sdk_sfn::types::ExecutionStatus;
 use device_simulator::provision::ProtocolMix;
@@ -10,7 +10,7 @@ use protocol::{DeviceFailure, OperationId, ProtocolName, Publication, ReplyTo, S
 use rand::RngExt;
 use rand::rngs::StdRng;
 use rand::seq::{IndexedRandom, SliceRandom};
-use serde_json::{Value, json};
+use serde_json::json;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::time::Duration;
@@ -28,17 +28,21 @@ const POINTS: &[Point] = &[
     (None, "sns.Publish"),
     (None, "lambda.Invoke"),
     (Some("StartWorkflow"), "states.StartExecution"),
+    (Some("CreateJob"), "iot.PUT /jobs"),
+    (Some("TrackPresence"), "dynamodb.GetItem"),
     (Some("TrackPresence"), "dynamodb.UpdateItem"),
+    (Some("TrackPresence"), "states.SendTaskSuccess"),
     (Some("AwaitDevice"), "dynamodb.UpdateItem"),
-    (Some("AwaitDevice"), "dynamodb.GetItem"),
     (Some("AwaitDevice"), "states.SendTaskSuccess"),
     (Some("PublishToDevice"), "dynamodb.UpdateItem"),
     (Some("PublishToDevice"), "iotdata.Publish"),
+    (Some("PublishToDevice"), "states.SendTaskSuccess"),
     (Some("StoreTaskToken"), "dynamodb.UpdateItem"),
     (Some("StoreTaskToken"), "states.SendTaskSuccess"),
     (Some("HandleDeviceResponse"), "dynamodb.UpdateItem"),
     (Some("HandleDeviceResponse"), "states.SendTaskSuccess"),
-    (Some("HandleDeviceResponse"), "sns.Publish"),
+    (Some("HandleDeviceResponse"), "states.SendTaskFailure"),
+    (Some("HandleDeviceResponse"), "iotdata.Publish"),
     (Some("UpdateJob"), "iot-jobs-data.UpdateJobExecution"),
 ];
 
@@ -199,6 +203,7 @@ pub(crate) struct FirmwareUpgrade {
     cloud: Cloud,
     proxy: Proxy,
     image: Image,
+    executions: Executions,
 }
 
 impl FirmwareUpgrade {
@@ -206,7 +211,18 @@ impl FirmwareUpgrade {
     pub(crate) async fn connect() -> Self {
         let cloud = Cloud::connect().await;
         let image = cloud.upload(TO, 100_000).await;
-        Self { cloud, proxy: Proxy::new(), image }
+        let executions = Executions::of(&cloud, "FirmwareUpgradeArn");
+        Self { cloud, proxy: Proxy::new(), image, executions }
+    }
+
+    /// Creates the case's job, and asks again if that failed, as an operator does: the id makes it one job.
+    async fn create_job(&self, case: &Case, target: &str) -> Result<String, Failure> {
+        let payload = json!({
+            "jobId": case.name, "firmwareVersion": TO, "upgradeTrigger": "chaos", "targetArn": target,
+            "artifact": self.image.artifact,
+        });
+        let created = eventually("the job is created", || async { self.cloud.invoke_create_job(&payload).await.ok() });
+        created.await.map(|_| case.name.clone())
     }
 
     /// The broker tells of connections before the last one: nothing may come of it.
@@ -224,6 +240,7 @@ impl FirmwareUpgrade {
     /// Runs a device of the simulator until its job execution has ended: the version that it runs then.
     async fn simulate(
         &self,
+        case: &Case,
         spec: DeviceSpec,
         target: &str,
         behaviour: &Behaviour,
@@ -235,7 +252,7 @@ impl FirmwareUpgrade {
             options.fault_timing = FaultTiming { delay: Duration::from_secs(2), ..FaultTiming::default() };
         };
         let fleet = Cloud::run_with(vec![spec], 1, quick).await;
-        let job = self.cloud.create_job(target, &self.image, json!({})).await;
+        let job = self.create_job(case, target).await?;
         if let Behaviour::Flapping { times, .. } = behaviour {
             for _ in 0..*times {
                 fleet.power_off(&thing).await;
@@ -253,13 +270,14 @@ impl FirmwareUpgrade {
     /// Lets a device say what its script says: the version that it would run, and how its job execution has ended.
     async fn play(
         &self,
+        case: &Case,
         spec: &DeviceSpec,
         target: &str,
         moves: &[Move],
         late: &[Step],
     ) -> Result<(String, Ended), Failure> {
         let mut device = ScriptedDevice::connect(spec).await;
-        let job = self.cloud.create_job(target, &self.image, json!({})).await;
+        let job = self.create_job(case, target).await?;
         let (operation, reply_to) = device.download().await;
         let thing = device.thing.clone();
         for one in moves {
@@ -349,15 +367,15 @@ impl Workflow for FirmwareUpgrade {
         let (target, mut devices) = self.cloud.provision(&case.name, 1, ProtocolMix::All(plan.protocol)).await;
         let mut spec = devices.remove(0);
         let thing = spec.thing.clone();
-        let rules: Vec<_> = plan.disturbances.iter().map(|one| one.rule(&case.name, thing.as_str())).collect();
+        let rules: Vec<_> = plan.disturbances.iter().map(|one| one.rule(&case.name)).collect();
         self.proxy.disturb(&rules).await;
         let (runs, ended) = match &plan.behaviour {
-            Behaviour::Scripted { moves, late } => self.play(&spec, &target, moves, late).await?,
+            Behaviour::Scripted { moves, late } => self.play(case, &spec, &target, moves, late).await?,
             behaviour => {
                 if let Behaviour::Simulated(Some((fault, _, _))) = behaviour {
                     spec.faults = Faults(vec![*fault]);
                 }
-                self.simulate(spec, &target, behaviour).await?
+                self.simulate(case, spec, &target, behaviour).await?
             }
         };
         same("the job execution", &ended, &plan.end())?;
@@ -380,20 +398,10 @@ impl Workflow for FirmwareUpgrade {
 
     /// One execution a device and job, and its end is its job execution's.
     async fn audit(&self, cases: &[(Case, Plan)]) -> BTreeMap<usize, Failure> {
-        let list =
-            self.cloud.step_functions.list_executions().state_machine_arn(self.cloud.output("FirmwareUpgradeArn"));
-        let executions = list.into_paginator().items().send().collect::<Result<Vec<_>, _>>().await.expect("executions");
-        let mut by_thing: BTreeMap<String, Vec<ExecutionStatus>> = BTreeMap::new();
-        for execution in executions {
-            let described = self.cloud.step_functions.describe_execution().execution_arn(&execution.execution_arn);
-            let input = described.send().await.expect("an execution").input.unwrap_or_default();
-            let input: Value = serde_json::from_str(&input).expect("JSON");
-            by_thing.entry(input["thingName"].to_string()).or_default().push(execution.status);
-        }
         let mut failures = BTreeMap::new();
         for (case, plan) in cases {
-            let own = by_thing.iter().filter(|(thing, _)| thing.contains(&case.name));
-            let found: Vec<_> = own.flat_map(|(_, statuses)| statuses.clone()).collect();
+            let ended = eventually("its executions end", || self.executions.ended(&self.cloud, &case.name)).await;
+            let found: Vec<_> = ended.unwrap_or_default().into_iter().map(|one| one.status).collect();
             let succeeded = plan.end().status == Succeeded;
             let expected = if succeeded { ExecutionStatus::Succeeded } else { ExecutionStatus::Failed };
             if let Err(failure) = same("the executions", &found, &vec![expected]) {

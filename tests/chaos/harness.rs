@@ -1,6 +1,7 @@
 //! Makes up cases, runs many of them at the same time, and says what became of each.
 
 use aws_proxy::rules::{Rule, State};
+use aws_sdk_sfn::types::{ExecutionListItem, ExecutionStatus};
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use futures_util::{FutureExt, StreamExt, stream};
@@ -14,6 +15,7 @@ use std::future::Future;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::panic::AssertUnwindSafe;
 use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use tests::Cloud;
 
@@ -104,6 +106,76 @@ pub(crate) async fn eventually<T, F: Future<Output = Option<T>>>(
 /// `Wrong`, unless both are the same.
 pub(crate) fn same<T: PartialEq + std::fmt::Debug>(what: &str, found: &T, expected: &T) -> Verdict {
     if found == expected { Ok(()) } else { Err(Failure::Wrong(format!("{what}: {found:?}, expected {expected:?}"))) }
+}
+
+/// The executions of a state machine, listed at most every other second, whoever asks.
+pub(crate) struct Executions {
+    machine: String,
+    listed: tokio::sync::Mutex<Option<(Instant, Arc<Vec<ExecutionListItem>>)>>,
+    described: Mutex<HashMap<String, Ended>>,
+}
+
+/// An execution that has ended.
+#[derive(Debug, Clone)]
+pub(crate) struct Ended {
+    pub(crate) status: ExecutionStatus,
+    pub(crate) input: Value,
+    /// Null if it failed.
+    pub(crate) output: Value,
+    /// The error's name; empty if it succeeded.
+    pub(crate) error: String,
+}
+
+impl Executions {
+    /// Of the state machine that the stack's output names.
+    pub(crate) fn of(cloud: &Cloud, output: &str) -> Self {
+        let machine = cloud.output(output).to_owned();
+        Self { machine, listed: tokio::sync::Mutex::default(), described: Mutex::default() }
+    }
+
+    async fn all(&self, cloud: &Cloud) -> Arc<Vec<ExecutionListItem>> {
+        let mut listed = self.listed.lock().await;
+        if let Some((_, executions)) = listed.as_ref().filter(|(time, _)| time.elapsed() < POLL) {
+            return executions.clone();
+        }
+        let list = cloud.step_functions.list_executions().state_machine_arn(&self.machine);
+        let all = list.into_paginator().items().send().collect::<Result<Vec<_>, _>>().await.expect("executions");
+        let all = Arc::new(all);
+        *listed = Some((Instant::now(), all.clone()));
+        all
+    }
+
+    /// Those whose name has this text in it, in the order of their start, if all of them have ended.
+    pub(crate) async fn ended(&self, cloud: &Cloud, text: &str) -> Option<Vec<Ended>> {
+        let all = self.all(cloud).await;
+        let mut own: Vec<&ExecutionListItem> = all.iter().filter(|one| one.name.contains(text)).collect();
+        own.sort_by_key(|one| one.start_date);
+        let mut ended = Vec::new();
+        for one in own {
+            ended.push(self.describe(cloud, one).await?);
+        }
+        Some(ended)
+    }
+
+    async fn describe(&self, cloud: &Cloud, one: &ExecutionListItem) -> Option<Ended> {
+        if one.status == ExecutionStatus::Running {
+            return None;
+        }
+        if let Some(known) = self.described.lock().expect("no panic").get(&one.name) {
+            return Some(known.clone());
+        }
+        let describe = cloud.step_functions.describe_execution().execution_arn(&one.execution_arn);
+        let found = describe.send().await.expect("the execution");
+        let json = |text: Option<String>| serde_json::from_str(&text.unwrap_or_default()).unwrap_or_default();
+        let ended = Ended {
+            status: found.status,
+            input: json(found.input),
+            output: json(found.output),
+            error: found.error.unwrap_or_default(),
+        };
+        self.described.lock().expect("no panic").insert(one.name.clone(), ended.clone());
+        Some(ended)
+    }
 }
 
 /// The proxy before the local cloud.

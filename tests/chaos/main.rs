@@ -5,12 +5,26 @@
 //! `cargo xtask test` runs a slice of it, `cargo xtask test --chaos 500` the long run; they need its local cloud and its proxy.
 #![allow(clippy::unwrap_used)]
 
+mod config_push;
 mod disturbance;
 mod firmware;
 mod harness;
+mod recovery;
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs the local cloud: cargo xtask test"]
 async fn firmware_upgrades_survive() {
     harness::prove(firmware::FirmwareUpgrade::connect().await).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs the local cloud: cargo xtask test"]
+async fn configuration_pushes_survive() {
+    harness::prove(config_push::ConfigPush::connect().await).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs the local cloud: cargo xtask test"]
+async fn recoveries_survive() {
+    harness::prove(recovery::Recovery::connect().await).await;
 }
