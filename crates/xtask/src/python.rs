@@ -55,6 +55,11 @@ impl Venvs {
     }
 }
 
+/// The environment of the template's static checks, which the tests alone need.
+pub(crate) fn checks(project: &Project) -> Result<Venv> {
+    ready(project, "checks", &version(project)?)
+}
+
 fn version(project: &Project) -> Result<String> {
     let needed = format!("Python {}.{} or newer is needed for the local cloud", OLDEST.0, OLDEST.1);
     let program = "import sys, venv, ensurepip; print('%d.%d' % sys.version_info[:2], sys.prefix)";

@@ -10,7 +10,7 @@ use crate::cloud::{Cloud, FixedPorts};
 use crate::console::Step;
 use crate::deploy;
 use crate::project::Project;
-use crate::python::Venvs;
+use crate::python::{self, Venvs};
 use crate::settings_api::SettingsApi;
 
 /// How long a step may take in the end-to-end tests: longer than a queue waits before it delivers again what a killed
@@ -115,6 +115,13 @@ fn definitions(project: &Project, passed: &mut Passed) -> Result<()> {
     let mut lint = project.tool(&venvs.build, "cfn-lint");
     lint.args(["--template", "template.yaml"]);
     passed.command(project, "Template: cfn-lint", lint)?;
+    let checks = python::checks(project)?;
+    let mut security = project.tool(&checks, "checkov");
+    security.args(["--config-file", "local/checkov.yaml"]);
+    passed.command(project, "Template: checkov", security)?;
+    let mut policies = project.tool(&checks, "python");
+    policies.arg("local/check_policies.py");
+    passed.command(project, "Template: IAM policies", policies)?;
     let mut check = project.tool(&venvs.cloud, "python");
     check.arg("local/check_definitions.py");
     passed.command(project, "State machines", check)
