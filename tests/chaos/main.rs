@@ -9,7 +9,9 @@ mod config_push;
 mod disturbance;
 mod firmware;
 mod harness;
+mod on_premises;
 mod recovery;
+mod telemetry;
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs the local cloud: cargo xtask test"]
@@ -27,4 +29,16 @@ async fn configuration_pushes_survive() {
 #[ignore = "needs the local cloud: cargo xtask test"]
 async fn recoveries_survive() {
     harness::prove(recovery::Recovery::connect().await).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs the local cloud: cargo xtask test"]
+async fn jobs_on_premises_survive() {
+    harness::prove(on_premises::OnPremises::connect().await).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs the local cloud: cargo xtask test"]
+async fn telemetry_survives() {
+    harness::prove(telemetry::Telemetry::connect().await).await;
 }

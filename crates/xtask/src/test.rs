@@ -1,9 +1,11 @@
 //! `cargo xtask test`: everything that must pass, in the order of how quickly it tells.
 
+mod chaos;
+
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::Args;
 
 use crate::cloud::{Cloud, FixedPorts};
@@ -41,6 +43,15 @@ pub(crate) struct TestOptions {
     /// Leave out the tests that need the local cloud.
     #[arg(long)]
     skip_end_to_end: bool,
+    /// Run so many made-up cases of faults for each workflow, and nothing else; a report of each is in target/chaos/.
+    #[arg(long, value_name = "CASES", conflicts_with = "skip_end_to_end")]
+    chaos: Option<u32>,
+    /// What the cases of faults are made up from [default: 7]
+    #[arg(long)]
+    seed: Option<u64>,
+    /// With --chaos, run only the case of that number.
+    #[arg(long, value_name = "NUMBER", requires = "chaos")]
+    case: Option<u32>,
     /// Run only tests whose name contains this; the checks before the tests are left out.
     filter: Option<String>,
 }
@@ -83,6 +94,9 @@ pub(crate) fn test(project: &Project, options: &TestOptions) -> Result<()> {
 }
 
 fn steps(project: &Project, options: &TestOptions, passed: &mut Passed) -> Result<()> {
+    if let Some(cases) = options.chaos {
+        return chaos::chaos(project, options, cases, passed);
+    }
     if options.filter.is_none() {
         passed.command(project, "Format", cargo(project, &["fmt", "--all", "--", "--check"]))?;
         let clippy = ["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"];
@@ -97,7 +111,7 @@ fn steps(project: &Project, options: &TestOptions, passed: &mut Passed) -> Resul
     if options.skip_end_to_end {
         return Ok(());
     }
-    end_to_end(project, options.filter.as_deref(), passed)
+    end_to_end(project, options, passed)
 }
 
 fn cargo(project: &Project, arguments: &[&str]) -> Command {
@@ -127,24 +141,33 @@ fn definitions(project: &Project, passed: &mut Passed) -> Result<()> {
     passed.command(project, "State machines", check)
 }
 
-fn end_to_end(project: &Project, filter: Option<&str>, passed: &mut Passed) -> Result<()> {
-    let mut cloud = None;
-    // The tests are the settings API.
+fn end_to_end(project: &Project, options: &TestOptions, passed: &mut Passed) -> Result<()> {
+    let (cloud, settings_api) = test_cloud(project, TEST_PARAMETERS, passed)?;
+    // The same targets as in the step before: with others, features would unify otherwise and the SDK compile twice.
+    let mut tests = cargo(project, &["test", "--workspace", "--tests", "--", "--ignored"]);
+    tests.args(&options.filter).envs(cloud.environment()).envs(settings_api.environment());
+    tests.env("FLEETFLOW_STEP_TIMEOUT_SECONDS", STEP_TIMEOUT_SECONDS);
+    tests.envs(options.seed.map(|seed| ("FLEETFLOW_SEED", seed.to_string())));
+    passed.command(project, "End-to-end tests", tests)?;
+    stop(cloud, passed)
+}
+
+/// A local cloud with its proxy and the deployed stack. The tests are its settings API.
+fn test_cloud(project: &Project, parameters: &[(&str, &str)], passed: &mut Passed) -> Result<(Cloud, SettingsApi)> {
     let settings_api = SettingsApi::reserve()?;
+    let mut cloud = None;
     passed.step("Local cloud", || {
-        let started = Cloud::start(project, FixedPorts::default(), false)?;
-        let mut parameters = deploy::parameters(TEST_PARAMETERS);
+        let started = Cloud::start_with_proxy(project, FixedPorts::default(), false)?;
+        let mut parameters = deploy::parameters(parameters);
         parameters.extend(settings_api.parameters(project, &started)?);
         deploy::deploy(project, &started, &parameters)?;
         cloud = Some(started);
         Ok(())
     })?;
-    let Some(cloud) = cloud else { return Ok(()) };
-    // The same targets as in the step before: with others, features would unify otherwise and the SDK compile twice.
-    let mut tests = cargo(project, &["test", "--workspace", "--tests", "--", "--ignored"]);
-    tests.args(filter).envs(cloud.environment()).envs(settings_api.environment());
-    tests.env("FLEETFLOW_STEP_TIMEOUT_SECONDS", STEP_TIMEOUT_SECONDS);
-    passed.command(project, "End-to-end tests", tests)?;
+    Ok((cloud.context("the local cloud has not started")?, settings_api))
+}
+
+fn stop(cloud: Cloud, passed: &mut Passed) -> Result<()> {
     passed.step("Stop the local cloud", || {
         drop(cloud);
         Ok(())

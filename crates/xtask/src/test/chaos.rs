@@ -1,0 +1,83 @@
+//! `cargo xtask test --chaos`: the long run of made-up faults, and a table of what became of them.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use serde::Deserialize;
+
+use super::{Passed, TestOptions, cargo, stop, test_cloud};
+use crate::bench::Findings;
+use crate::project::Project;
+
+/// Template parameters of the long run. Deadlines leave room for a message that is delivered again a few times, since so many
+/// cases at the same time kill the functions that handle each other's messages.
+const PARAMETERS: &[(&str, &str)] = &[
+    ("AcknowledgeTimeoutSeconds", "120"),
+    ("TransferTimeoutSeconds", "240"),
+    ("InstallTimeoutSeconds", "240"),
+    ("RebootTimeoutSeconds", "240"),
+    ("SettingTimeoutSeconds", "90"),
+    ("ParkingSeconds", "30"),
+    ("SettlingSeconds", "3"),
+    ("WorkerTimeoutSeconds", "75"),
+    ("WorkerHeartbeatSeconds", "45"),
+    ("WorkerLeaseSeconds", "15"),
+    ("TelemetryWindowSeconds", "1"),
+    ("TemperatureCoolDownSeconds", "4"),
+    ("RemediationEffectSeconds", "3"),
+];
+const REPORTS: &str = "target/chaos";
+
+/// What the tests say of a workflow.
+#[derive(Deserialize)]
+struct Report {
+    workflow: String,
+    seed: u64,
+    cases: usize,
+    disturbed: usize,
+    survived: usize,
+    stuck: usize,
+    wrong: usize,
+    lost: usize,
+    seconds: u64,
+}
+
+/// Runs the cases of each workflow, one workflow after the other, and prints the table whether they have passed or not.
+pub(super) fn chaos(project: &Project, options: &TestOptions, cases: u32, passed: &mut Passed) -> Result<()> {
+    let reports = project.root.join(REPORTS);
+    if reports.exists() {
+        fs::remove_dir_all(&reports).with_context(|| format!("{} cannot be emptied", reports.display()))?;
+    }
+    let (cloud, settings_api) = test_cloud(project, PARAMETERS, passed)?;
+    let mut tests = cargo(project, &["test", "--workspace", "--test", "chaos", "--no-fail-fast", "--"]);
+    tests.args(["--ignored", "--nocapture", "--test-threads", "1"]).args(&options.filter);
+    tests.envs(cloud.environment()).envs(settings_api.environment());
+    tests.env("FLEETFLOW_CHAOS_CASES", cases.to_string()).env("FLEETFLOW_CHAOS_REPORTS", &reports);
+    tests.envs(options.case.map(|case| ("FLEETFLOW_CHAOS_CASE", case.to_string())));
+    tests.envs(options.seed.map(|seed| ("FLEETFLOW_SEED", seed.to_string())));
+    let outcome = passed.command(project, "Made-up faults", tests);
+    println!("\n{}\n", table(&reports)?.text());
+    outcome?;
+    stop(cloud, passed)
+}
+
+fn table(reports: &Path) -> Result<Findings> {
+    let mut files: Vec<_> = match fs::read_dir(reports) {
+        Ok(entries) => entries.flatten().map(|entry| entry.path()).collect(),
+        Err(_) => Vec::new(),
+    };
+    files.sort();
+    let mut rows = Vec::new();
+    for file in files {
+        let report: Report =
+            serde_json::from_slice(&fs::read(&file)?).with_context(|| format!("{} is no report", file.display()))?;
+        let Report { workflow, seed, cases, disturbed, survived, stuck, wrong, lost, seconds } = report;
+        let numbers = [cases, disturbed, survived, stuck, wrong, lost].map(|number| number.to_string());
+        let row = std::iter::once(workflow).chain(numbers).chain([seconds.to_string(), seed.to_string()]);
+        rows.push(row.collect());
+    }
+    let columns =
+        ["workflow", "cases", "with disturbed calls", "survived", "stuck", "wrong", "lost", "seconds", "seed"];
+    Ok(Findings { about: String::new(), columns: columns.map(String::from).into(), rows })
+}
