@@ -66,14 +66,20 @@ impl Display {
         self.bar.finish_and_clear();
     }
 
-    /// Shows a fleet until dropped.
+    /// Shows a fleet until dropped, and says when all of it is connected.
     pub async fn follow(&self, fleet: &Fleet) -> ! {
         let mut redraw = tokio::time::interval(REDRAW);
+        let mut is_connected = false;
         loop {
             redraw.tick().await;
-            let ended = fleet.ended();
+            let (ended, phases) = (fleet.ended(), fleet.phases());
+            // The first phase is that without a connection.
+            if !is_connected && phases[0] == 0 {
+                is_connected = true;
+                tracing::info!("all {} devices are connected", phases.iter().sum::<usize>());
+            }
             self.bar.set_position(ended.len() as u64);
-            self.bar.set_message(summary(fleet.phases(), &ended, fleet.total_applied()));
+            self.bar.set_message(summary(phases, &ended, fleet.total_applied()));
         }
     }
 }

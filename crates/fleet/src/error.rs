@@ -196,7 +196,9 @@ impl From<protocol::DecodeError> for Error {
     fn from(error: protocol::DecodeError) -> Self {
         let name = match error {
             protocol::DecodeError::TooLarge(_) => ErrorName::MessageTooLarge,
-            protocol::DecodeError::UnknownTopic(_) | protocol::DecodeError::Malformed(_) => ErrorName::MalformedMessage,
+            protocol::DecodeError::UnknownTopic(_)
+            | protocol::DecodeError::TooDeep
+            | protocol::DecodeError::Malformed(_) => ErrorName::MalformedMessage,
         };
         Self::new(name, error.to_string())
     }

@@ -2,12 +2,20 @@
 
 use crate::queue::DeadLetters;
 use crate::{Error, ErrorName};
-use aws_lambda_events::event::sqs::{SqsBatchResponse, SqsEvent, SqsMessage};
+use aws_lambda_events::event::sqs::SqsMessage;
+pub use aws_lambda_events::event::sqs::{SqsBatchResponse, SqsEvent};
 use futures_util::future::join_all;
 use lambda_runtime::{Diagnostic, LambdaEvent, service_fn, tracing::init_default_subscriber};
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
+use serde_json::value::RawValue;
 use std::future::Future;
+
+/// The largest payload that one state or one person may send, in bytes. States pass on a quarter of that; escapes make it longer.
+pub const MAX_INPUT_BYTES: usize = 1024 * 1024;
+/// The largest batch of a queue or a stream, in bytes: what Lambda itself allows
+/// (<https://docs.aws.amazon.com/lambda/latest/dg/gettingstarted-limits.html>).
+pub const MAX_BATCH_BYTES: usize = 6 * 1024 * 1024;
 
 /// Serves a function that is invoked with one JSON payload. A payload that does not decode is `InvalidInput`.
 pub async fn run<I, O, F>(handler: impl Fn(I) -> F) -> Result<(), lambda_runtime::Error>
@@ -16,18 +24,45 @@ where
     O: Serialize,
     F: Future<Output = Result<O, Error>>,
 {
+    serve(MAX_INPUT_BYTES, handler).await
+}
+
+/// The same for a function that is invoked with a batch of a stream.
+pub async fn run_stream<I, O, F>(handler: impl Fn(I) -> F) -> Result<(), lambda_runtime::Error>
+where
+    I: DeserializeOwned,
+    O: Serialize,
+    F: Future<Output = Result<O, Error>>,
+{
+    serve(MAX_BATCH_BYTES, handler).await
+}
+
+async fn serve<I, O, F>(max_bytes: usize, handler: impl Fn(I) -> F) -> Result<(), lambda_runtime::Error>
+where
+    I: DeserializeOwned,
+    O: Serialize,
+    F: Future<Output = Result<O, Error>>,
+{
     init_default_subscriber();
     let handler = &handler;
-    lambda_runtime::run(service_fn(move |event: LambdaEvent<Value>| async move {
-        let input = decode(event.payload).map_err(logged)?;
-        handler(input).await.map_err(logged)
+    // As text: the runtime would parse whatever comes, and has no name of ours for what it cannot.
+    lambda_runtime::run(service_fn(move |event: LambdaEvent<Box<RawValue>>| async move {
+        let input = decode(event.payload.get(), max_bytes).map_err(logged)?;
+        // Boxed, for the compiler loses count of the calls below.
+        Box::pin(handler(input)).await.map_err(logged)
     }))
     .await
 }
 
-/// Reads a payload; the error says at which field it went wrong.
-fn decode<I: DeserializeOwned>(payload: Value) -> Result<I, Error> {
-    serde_path_to_error::deserialize(payload).map_err(|error| {
+/// Reads a payload, unless it is too large or too deep; the error says at which field it went wrong.
+pub fn decode<I: DeserializeOwned>(payload: &str, max_bytes: usize) -> Result<I, Error> {
+    if payload.len() > max_bytes {
+        return Err(Error::invalid("payload", format!("{} bytes", payload.len()), &format!("at most {max_bytes}")));
+    }
+    let invalid = |why: String| Error::new(ErrorName::InvalidInput, format!("payload: {why}"));
+    protocol::check_depth(payload.as_bytes()).map_err(|error| invalid(error.to_string()))?;
+    let value: Value = serde_json::from_str(payload).map_err(|error| invalid(error.to_string()))?;
+    serde_path_to_error::deserialize(value).map_err(|error| {
         let path = error.path().to_string();
         let field = if path == "." { "payload".to_owned() } else { path };
         Error::new(ErrorName::InvalidInput, format!("{field}: {}", error.inner()))
@@ -72,21 +107,29 @@ pub async fn run_batches<F>(
 where
     F: Future<Output = Vec<Result<(), Error>>>,
 {
-    init_default_subscriber();
     let handler = &handler;
-    lambda_runtime::run(service_fn(move |event: LambdaEvent<SqsEvent>| async move {
-        let records = event.payload.records;
-        let messages = records.iter().map(|record| QueuedMessage {
-            id: record.message_id.clone().unwrap_or_default(),
-            body: record.body.clone().unwrap_or_default(),
-        });
-        let outcomes = handler(messages.collect()).await;
-        let settled = records.into_iter().zip(outcomes).map(|(record, outcome)| settle(dead_letters, record, outcome));
-        let mut response = SqsBatchResponse::default();
-        response.set_failures(join_all(settled).await.into_iter().flatten());
-        Ok::<_, Diagnostic>(response)
-    }))
-    .await
+    serve(MAX_BATCH_BYTES, move |event| async move { Ok(batch(dead_letters, handler, event).await) }).await
+}
+
+/// Handles a batch; names the messages that the queue shall deliver again.
+pub async fn batch<F>(
+    dead_letters: &DeadLetters,
+    handler: impl Fn(Vec<QueuedMessage>) -> F,
+    event: SqsEvent,
+) -> SqsBatchResponse
+where
+    F: Future<Output = Vec<Result<(), Error>>>,
+{
+    let messages = event.records.iter().map(|record| QueuedMessage {
+        id: record.message_id.clone().unwrap_or_default(),
+        body: record.body.clone().unwrap_or_default(),
+    });
+    let outcomes = handler(messages.collect()).await;
+    let records = event.records.into_iter();
+    let settled = records.zip(outcomes).map(|(record, outcome)| settle(dead_letters, record, outcome));
+    let mut response = SqsBatchResponse::default();
+    response.set_failures(join_all(settled).await.into_iter().flatten());
+    response
 }
 
 /// Sees to a message that went so; returns its id if the queue shall deliver it again.
@@ -122,13 +165,31 @@ mod tests {
 
     #[test]
     fn a_bad_payload_is_an_invalid_input_that_names_the_field() {
+        let deep = "[".repeat(100);
         for (payload, message) in [
-            (serde_json::json!({"size": -1}), "size: invalid value: integer `-1`, expected u32"),
-            (serde_json::json!({"size": 1, "colour": 2}), "colour: unknown field `colour`, expected `size`"),
-            (serde_json::json!({}), "payload: missing field `size`"),
+            (r#"{"size": -1}"#, "size: invalid value: integer `-1`, expected u32"),
+            (r#"{"size": 1, "colour": 2}"#, "colour: unknown field `colour`, expected `size`"),
+            ("{}", "payload: missing field `size`"),
+            (r#"{"size": 1, "colour": "long"}"#, "payload: got 29 bytes, expected at most 25"),
+            (&deep[..20], "payload: EOF while parsing a list at line 1 column 20"),
         ] {
-            let error = decode::<Input>(payload).unwrap_err();
+            let error = decode::<Input>(payload, 25).unwrap_err();
             assert_eq!((error.name, error.message.as_str()), (ErrorName::InvalidInput, message));
+        }
+        let error = decode::<Input>(&deep, 100).unwrap_err();
+        assert!(error.name == ErrorName::InvalidInput && error.message.contains("nested deeper"), "{error}");
+    }
+
+    /// The runtime hands payloads over as the text that they are, whatever is in them.
+    #[test]
+    fn a_payload_comes_as_text() {
+        let deserialize = |text: &str| {
+            let deserializer = &mut serde_json::Deserializer::from_slice(text.as_bytes());
+            serde_path_to_error::deserialize::<_, Box<RawValue>>(deserializer).map(|raw| raw.get().to_owned())
+        };
+        let deep = format!("{}{}", "[".repeat(10_000), "]".repeat(10_000));
+        for text in ["7", r#"{"a": [1, "\ud800"]}"#, "1e999", &deep] {
+            assert_eq!(deserialize(text).unwrap(), text);
         }
     }
 }

@@ -11,6 +11,9 @@ use serde::{Deserialize, de::DeserializeOwned};
 /// (<https://docs.aws.amazon.com/AWSSimpleQueueService/latest/SQSDeveloperGuide/quotas-messages.html>), the reason included.
 const MAX_BODY_BYTES: usize = 240 * 1024;
 
+/// The largest message that is read, in bytes: the most that SNS and `EventBridge` deliver. Those of topic rules are smaller.
+const MAX_MESSAGE_BYTES: usize = 256 * 1024;
+
 /// An MQTT message, as every topic rule of the template puts it into a queue: the bytes untouched.
 #[derive(Debug, Deserialize)]
 pub struct MqttMessage {
@@ -83,8 +86,13 @@ fn is_certificate(principal: &str) -> bool {
     principal.len() == 64 && principal.bytes().all(|byte| byte.is_ascii_hexdigit())
 }
 
-/// Reads JSON; `what` is named in the error.
+/// Reads JSON, unless it is too large or too deep; `what` is named in the error.
 pub fn json<T: DeserializeOwned>(what: &str, bytes: &[u8]) -> Result<T, Error> {
+    if bytes.len() > MAX_MESSAGE_BYTES {
+        let message = format!("{what}: got {} bytes, expected at most {MAX_MESSAGE_BYTES}", bytes.len());
+        return Err(Error::new(ErrorName::MessageTooLarge, message));
+    }
+    protocol::check_depth(bytes)?;
     serde_json::from_slice(bytes).map_err(|error| Error::new(ErrorName::MalformedMessage, format!("{what}: {error}")))
 }
 

@@ -27,6 +27,8 @@ const LONGEST_RETRY: Duration = Duration::from_secs(30);
 /// Requests that the MQTT client may hold. One publish is in flight at a time, so these are acknowledgements,
 /// and a device gets one command at a time.
 const REQUESTS: usize = 1024;
+/// Publishes that the MQTT client keeps room for; one is in flight at a time.
+const IN_FLIGHT: u16 = 8;
 /// Packets a little larger than the largest payload that the broker carries.
 const PACKET_BYTES: usize = protocol::MAX_PAYLOAD_BYTES + 4096;
 
@@ -312,6 +314,10 @@ async fn session(
     // The semaphore is never closed.
     let mut handshake = settings.handshakes.acquire().await.ok();
     let (client, mut events) = AsyncClient::new(options(settings), REQUESTS);
+    // It holds the packets of one read. Room for a hundred, which it has at first, is 14 KiB for each of ten thousand devices.
+    events.state.events = VecDeque::new();
+    // An answer follows an acknowledgement at once, and must not wait for the broker's acknowledgement of that: 40 ms.
+    events.network_options.set_tcp_nodelay(true);
     loop {
         let packet = match poll(&mut events).await {
             Ok(packet) => packet,
@@ -351,6 +357,7 @@ fn options(settings: &ConnectionSettings) -> MqttOptions {
         .set_keep_alive(KEEP_ALIVE)
         .set_clean_session(settings.clean_session)
         .set_manual_acks(true)
+        .set_inflight(IN_FLIGHT)
         .set_max_packet_size(PACKET_BYTES, PACKET_BYTES);
     options
 }

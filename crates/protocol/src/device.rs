@@ -1,12 +1,9 @@
 //! The trait that every device encoding implements, cloud side and device side.
 
+use crate::limits::{MAX_JSON_DEPTH, MAX_PAYLOAD_BYTES};
 use crate::{Command, OperationId, ProtocolName, Report, Response, Step, ThingName};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-
-/// The largest MQTT payload that AWS IoT takes, in bytes
-/// (<https://docs.aws.amazon.com/general/latest/gr/iot-core.html>).
-pub const MAX_PAYLOAD_BYTES: usize = 128 * 1024;
 
 /// An MQTT message to be published at `QoS` 1.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -58,6 +55,9 @@ pub enum DecodeError {
     /// Larger than the broker carries.
     #[error("the payload has {0} bytes, more than the {MAX_PAYLOAD_BYTES} that a message may have")]
     TooLarge(usize),
+    /// JSON whose arrays and objects lie deeper in each other than those of any message.
+    #[error("the payload is nested deeper than the {MAX_JSON_DEPTH} levels that a message may have")]
+    TooDeep,
     /// Not what the protocol says.
     #[error("{0}")]
     Malformed(String),
@@ -121,10 +121,6 @@ pub fn protocol_of_topic(topic: &str) -> Result<(ProtocolName, ThingName), Decod
         .into_iter()
         .find_map(|name| Some((name, name.encoding().thing_of_report(topic)?)))
         .ok_or_else(|| DecodeError::UnknownTopic(topic.to_owned()))
-}
-
-pub(crate) fn check_size(payload: &[u8]) -> Result<(), DecodeError> {
-    if payload.len() > MAX_PAYLOAD_BYTES { Err(DecodeError::TooLarge(payload.len())) } else { Ok(()) }
 }
 
 /// The thing between a topic's prefix and suffix.

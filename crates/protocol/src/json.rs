@@ -1,6 +1,7 @@
 //! JSON devices: `devices/{thing}/firmware_req` and `devices/{thing}/firmware_resp`.
 
-use crate::device::{ErrorBody, check_size, failed, thing_between};
+use crate::device::{ErrorBody, failed, thing_between};
+use crate::limits;
 use crate::{
     Command, DecodeError, DeviceEvent, DeviceProtocol, Firmware, OperationId, Publication, Received, ReceivedCommand,
     ReplyTo, Report, Response, Step, StepOutcome, ThingName,
@@ -102,9 +103,7 @@ impl DeviceProtocol for Json {
     }
 
     fn decode_report(&self, _: &ThingName, payload: &[u8]) -> Result<Received, DecodeError> {
-        check_size(payload)?;
-        let answer: Answer =
-            serde_json::from_slice(payload).map_err(|error| DecodeError::malformed("firmware_resp", error))?;
+        let answer: Answer = limits::json("firmware_resp", payload)?;
         Ok(Received { report: answer.into_report()?, acknowledgement: None })
     }
 
@@ -113,9 +112,7 @@ impl DeviceProtocol for Json {
     }
 
     fn decode_command(&self, _: &str, payload: &[u8]) -> Result<Option<ReceivedCommand>, DecodeError> {
-        check_size(payload)?;
-        let request: Request =
-            serde_json::from_slice(payload).map_err(|error| DecodeError::malformed("firmware_req", error))?;
+        let request: Request = limits::json("firmware_req", payload)?;
         let operation_id = request.operation_id;
         let command = match (request.name, request.value) {
             (RequestName::DownloadFirmware, Some(firmware)) => Command::Download { operation_id, firmware },

@@ -9,6 +9,7 @@ pub mod events;
 mod ids;
 pub mod job;
 mod json;
+mod limits;
 pub mod on_premises;
 mod operation;
 mod presence;
@@ -18,13 +19,13 @@ pub mod telemetry;
 mod usp;
 
 pub use device::{
-    Acknowledgement, DecodeError, DeviceProtocol, MAX_PAYLOAD_BYTES, Publication, Received, ReceivedCommand, ReplyTo,
-    protocol_of_topic,
+    Acknowledgement, DecodeError, DeviceProtocol, Publication, Received, ReceivedCommand, ReplyTo, protocol_of_topic,
 };
 pub use ids::{
     Building, HandlerName, InvalidId, JobId, OperationId, ReadingId, SensorId, SettingName, Tenant, ThingName,
     WorkerName,
 };
+pub use limits::{MAX_JSON_DEPTH, MAX_PAYLOAD_BYTES, check_depth};
 pub use operation::{Command, DeviceEvent, DeviceFailure, Firmware, Report, Response, Step, StepOutcome};
 pub use presence::{Presence, PresenceEvent, PresenceKind};
 

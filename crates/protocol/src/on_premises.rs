@@ -4,8 +4,7 @@
 //! claim a job before they run it, so that of several only one does, and hold that claim (the lease) while they run it;
 //! the cloud answers them on a topic of their own, `{tenant}/to/worker/{worker}`, which plain workers do not listen to.
 
-use crate::device::check_size;
-use crate::{DecodeError, HandlerName, Publication, Tenant, WorkerName};
+use crate::{DecodeError, HandlerName, Publication, Tenant, WorkerName, limits};
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -58,7 +57,7 @@ impl JobMessage {
 
     /// Reads the message on a worker.
     pub fn decode(payload: &[u8]) -> Result<Self, DecodeError> {
-        decode("job", payload)
+        limits::json("job", payload)
     }
 }
 
@@ -213,7 +212,7 @@ impl WorkerMessage {
 
     /// Reads what a worker said: the job's handle and the message. Fails with a sentence if it cannot be read.
     pub fn decode(payload: &[u8]) -> Result<(String, Self), DecodeError> {
-        let wire: Wire = decode("answer", payload)?;
+        let wire: Wire = limits::json("answer", payload)?;
         let Some(handle) = wire.task_token.clone() else {
             // A plain worker says so of a message that it could not read itself.
             let why = wire.exception.as_deref().unwrap_or("no exception");
@@ -323,7 +322,7 @@ impl WorkerReply {
 
     /// Reads the message on the worker.
     pub fn decode(payload: &[u8]) -> Result<Self, DecodeError> {
-        decode("reply", payload)
+        limits::json("reply", payload)
     }
 }
 
@@ -337,11 +336,6 @@ fn handle<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error
 
 fn present<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Value>, D::Error> {
     Value::deserialize(deserializer).map(Some)
-}
-
-fn decode<'a, T: Deserialize<'a>>(what: &str, payload: &'a [u8]) -> Result<T, DecodeError> {
-    check_size(payload)?;
-    serde_json::from_slice(payload).map_err(|error| DecodeError::malformed(what, error))
 }
 
 fn publication(topic: String, body: &impl Serialize) -> Publication {
@@ -414,7 +408,7 @@ mod tests {
             (r#"{"TaskToken":"t","heartbeat":true,"progress":101}"#, "progress: got 101, expected 0 to 100"),
             (r#"{"TaskToken":"t","action":"claim","worker":"a/b","request":"r"}"#, "worker name"),
             (r#"{"TaskToken":"t","action":"upload","worker":"a","fence":1}"#, "request: it is missing"),
-            (r#"{"TaskToken":7,"result":1}"#, "answer: invalid type"),
+            (r#"{"TaskToken":7,"result":1}"#, "answer: TaskToken: invalid type"),
             ("nothing", "answer: expected ident"),
         ] {
             let error = read(bad).unwrap_err().to_string();

@@ -57,7 +57,7 @@ impl PresenceEvent {
                 self.event_type == PresenceKind::Disconnected && known.connected
             }
             std::cmp::Ordering::Equal => self.timestamp > known.timestamp,
-            std::cmp::Ordering::Less => self.timestamp - known.timestamp >= RESTART_AFTER_MS,
+            std::cmp::Ordering::Less => self.timestamp.saturating_sub(known.timestamp) >= RESTART_AFTER_MS,
         }
     }
 

@@ -1,7 +1,6 @@
 //! What devices say of their updates on `iot/device/data`, and what the recovery of failed ones is told.
 
-use crate::device::check_size;
-use crate::{DecodeError, OperationId, Publication, ThingName};
+use crate::{DecodeError, OperationId, Publication, ThingName, limits};
 use serde::{Deserialize, Serialize};
 
 /// The topic that devices report the end of an update on.
@@ -49,9 +48,7 @@ impl UpdateReport {
 
     /// Reads the message in the cloud.
     pub fn decode(payload: &[u8]) -> Result<Self, DecodeError> {
-        check_size(payload)?;
-        let report: Self =
-            serde_json::from_slice(payload).map_err(|error| DecodeError::malformed(UPDATE_REPORTS_TOPIC, error))?;
+        let report: Self = limits::json(UPDATE_REPORTS_TOPIC, payload)?;
         for (field, text) in [("model", &report.model), ("FW", &report.firmware)] {
             if text.as_ref().is_some_and(|text| text.chars().count() > MAX_TEXT_CHARACTERS) {
                 let error = format!("{field}: expected at most {MAX_TEXT_CHARACTERS} characters");

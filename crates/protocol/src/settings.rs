@@ -3,8 +3,8 @@
 //! A push carries one or more named settings. Each is an operation of its own, with its own command and its own
 //! confirmation; what settings there are is no matter of this code.
 
-use crate::device::{ErrorBody, check_size, thing_between};
-use crate::{DecodeError, OperationId, Publication, SettingName, ThingName};
+use crate::device::{ErrorBody, thing_between};
+use crate::{DecodeError, OperationId, Publication, SettingName, ThingName, limits};
 use serde::{Deserialize, Serialize};
 use serde_json::{Number, Value, json};
 use std::collections::BTreeMap;
@@ -104,8 +104,7 @@ impl SettingCommand {
 
     /// Reads the message on the device.
     pub fn decode(payload: &[u8]) -> Result<Self, DecodeError> {
-        check_size(payload)?;
-        serde_json::from_slice(payload).map_err(|error| DecodeError::malformed("config_req", error))
+        limits::json("config_req", payload)
     }
 }
 
@@ -189,9 +188,7 @@ impl SettingResponse {
 
     /// Reads what a device said. Fails with a sentence if it cannot be read.
     pub fn decode(payload: &[u8]) -> Result<Self, DecodeError> {
-        check_size(payload)?;
-        let answer: Answer =
-            serde_json::from_slice(payload).map_err(|error| DecodeError::malformed("config_resp", error))?;
+        let answer: Answer = limits::json("config_resp", payload)?;
         let outcome = match answer.status {
             Status::Success => SettingOutcome::Success { value: answer.value.map(setting_value).transpose()? },
             // A failure is one whatever value comes with it.

@@ -1,8 +1,8 @@
 //! What sensors report on `monitoring-device/building-{n}`, and what they are asked to do about it on
 //! `monitoring-device/remediation-{n}`.
 
-use crate::device::check_size;
-use crate::{Building, DecodeError, Publication, ReadingId, SensorId};
+use crate::{Building, DecodeError, Publication, ReadingId, SensorId, limits};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 /// The topic of a building's readings.
@@ -151,17 +151,9 @@ impl Remediation {
     }
 }
 
-fn decode<T: for<'de> Deserialize<'de>>(what: &str, payload: &[u8]) -> Result<T, DecodeError> {
-    check_size(payload)?;
-    let deserializer = &mut serde_json::Deserializer::from_slice(payload);
-    let envelope: Envelope<T> = serde_path_to_error::deserialize(deserializer).map_err(|error| {
-        let path = error.path().to_string();
-        DecodeError::malformed(
-            what,
-            if path == "." { error.inner().to_string() } else { format!("{path}: {}", error.inner()) },
-        )
-    })?;
-    Ok(envelope.body)
+fn decode<T: DeserializeOwned>(what: &str, payload: &[u8]) -> Result<T, DecodeError> {
+    let Envelope { body } = limits::json(what, payload)?;
+    Ok(body)
 }
 
 #[cfg(test)]

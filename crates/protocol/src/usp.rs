@@ -1,6 +1,7 @@
 //! USP 1.1 devices (TR-369): protobuf records over MQTT, as `rusp-lib` reads and writes them.
 
-use crate::device::{check_size, failed, thing_between};
+use crate::device::{failed, thing_between};
+use crate::limits;
 use crate::{
     Command, DecodeError, DeviceEvent, DeviceProtocol, Firmware, OperationId, Publication, Received, ReceivedCommand,
     ReplyTo, Report, Response, Step, StepOutcome, ThingName,
@@ -20,6 +21,7 @@ use rusp_lib::usp_builder::{
 use rusp_lib::usp_decoder::{try_decode_msg, try_decode_record};
 use rusp_lib::usp_record::mod_Record::OneOfrecord_type;
 use std::collections::HashMap;
+use std::fmt::{self, Write};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 /// The encoding of USP agents.
@@ -69,7 +71,7 @@ impl DeviceProtocol for Usp {
             OneOfmsg_body::response(response) => {
                 let report = match response.resp_type {
                     OneOfresp_type::operate_resp(answer) => operate_response(&message_id, answer)?,
-                    other => other_event(&format!("{other:?}")),
+                    other => other_event(&other),
                 };
                 Ok(Received { report, acknowledgement: None })
             }
@@ -93,7 +95,7 @@ impl DeviceProtocol for Usp {
                     });
                     Ok(Received { report: notification(notify)?, acknowledgement })
                 }
-                other => Ok(Received { report: other_event(&format!("{other:?}")), acknowledgement: None }),
+                other => Ok(Received { report: other_event(&other), acknowledgement: None }),
             },
             OneOfmsg_body::None => Err(DecodeError::malformed("USP message", "it has no body")),
         }
@@ -211,7 +213,7 @@ fn request_topic(thing: &ThingName) -> String {
 }
 
 fn decode(payload: &[u8]) -> Result<(String, Msg), DecodeError> {
-    check_size(payload)?;
+    limits::check_size(payload)?;
     let record = caught("USP record", || try_decode_record(payload))?;
     let OneOfrecord_type::no_session_context(content) = record.record_type else {
         return Err(DecodeError::malformed("USP record", "expected no_session_context"));
@@ -238,8 +240,22 @@ fn operation_of_message(message_id: &str) -> Result<OperationId, DecodeError> {
     message_id.parse().map_err(|error| DecodeError::malformed("Header.msg_id", error))
 }
 
-fn other_event(debug: &str) -> Report {
-    Report::Event(DeviceEvent::Other { name: debug.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect() })
+/// Of a value's debug output the first word. The rest is never written: it is many times as long as the message.
+struct FirstWord(String);
+
+impl fmt::Write for FirstWord {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        let end = text.find(|c: char| !c.is_alphanumeric() && c != '_');
+        self.0.push_str(&text[..end.unwrap_or(text.len())]);
+        if end.is_some() { Err(fmt::Error) } else { Ok(()) }
+    }
+}
+
+fn other_event(message: &impl fmt::Debug) -> Report {
+    let mut name = FirstWord(String::new());
+    // It stops after the first word, by an error.
+    let _ = write!(name, "{message:?}");
+    Report::Event(DeviceEvent::Other { name: name.0 })
 }
 
 /// Nobody waits for it: the device has dropped the download or had nothing to drop.
@@ -293,7 +309,7 @@ fn notification(notify: Notify) -> Result<Report, DecodeError> {
             })
         }
         OneOfnotification::oper_complete(done) => Ok(Report::Event(DeviceEvent::Other { name: done.command_name })),
-        other => Ok(other_event(&format!("{other:?}"))),
+        other => Ok(other_event(&other)),
     }
 }
 
@@ -315,7 +331,7 @@ fn boot_report(params: &HashMap<String, String>) -> Result<Report, DecodeError> 
     let key = params.get("CommandKey").map(String::as_str).unwrap_or_default();
     // A failed boot is known to come with a broken map: its version is lost, the failure is not.
     let map = params.get("ParameterMap").map(String::as_str).unwrap_or_default();
-    let version = serde_json::from_str::<serde_json::Value>(map)
+    let version = limits::json::<serde_json::Value>("ParameterMap", map.as_bytes())
         .ok()
         .and_then(|map| map.get(SOFTWARE_VERSION)?.as_str().map(str::to_owned));
     if matches!(key, "" | "FirstBoot") {

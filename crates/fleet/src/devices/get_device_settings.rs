@@ -31,7 +31,12 @@ impl Adapters {
     pub fn from_environment(config: &aws_config::SdkConfig) -> Result<Self, String> {
         let secret = crate::config::optional("SETTINGS_API_KEY_SECRET_ARN");
         let api = crate::config::optional("SETTINGS_API_URL").map(|url| SettingsApi::new(config, url, secret));
-        Ok(Self { table: SettingsTable::from_environment(config)?, api: api.transpose()?, schema: Schema::new()? })
+        Ok(Self { api: api.transpose()?, ..Self::without_api(SettingsTable::from_environment(config)?)? })
+    }
+
+    /// That table, and the simulated profile.
+    pub fn without_api(table: SettingsTable) -> Result<Self, String> {
+        Ok(Self { table, api: None, schema: Schema::new()? })
     }
 }
 

@@ -1,6 +1,7 @@
 //! The third party that knows what its users want: an HTTPS API of settings profiles.
 
 use crate::error::aws;
+use crate::queue::json;
 use crate::{Error, ErrorName};
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use serde::Deserialize;
@@ -133,9 +134,9 @@ fn read(mut response: Response<ureq::Body>, external_id: &str) -> Result<Value, 
         }
         Err(error) => return Err(Refusal::Transient(format!("the settings API's answer: {error}"), None)),
     };
-    match serde_json::from_slice::<Profile>(&body) {
+    match json::<Profile>("the settings API's answer", &body) {
         Ok(profile) => Ok(profile.settings),
-        Err(error) => refuse(ErrorName::InvalidSettings, format!("the settings API's answer: {error}")),
+        Err(error) => refuse(ErrorName::InvalidSettings, error.message),
     }
 }
 

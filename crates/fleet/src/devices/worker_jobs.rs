@@ -43,6 +43,38 @@ pub struct Order {
     pub input: Map<String, Value>,
 }
 
+/// Where jobs are kept, and their limits.
+#[derive(Debug, Clone)]
+pub struct Limits {
+    /// The table of jobs.
+    pub table: String,
+    /// The bucket of inputs and results that are too large for a message.
+    pub bucket: String,
+    /// Whose workers there are.
+    pub tenants: Vec<String>,
+    /// How long a worker may be silent, in milliseconds.
+    pub lease: u32,
+    /// How large a result may be.
+    pub max_result_bytes: u64,
+}
+
+impl Limits {
+    /// Those that the environment names.
+    pub fn from_environment() -> Result<Self, String> {
+        Ok(Self {
+            table: config::required("WORKER_JOBS_TABLE")?,
+            bucket: config::required("JOB_DATA_BUCKET")?,
+            tenants: config::required("TENANTS")?.split(',').map(|tenant| tenant.trim().to_owned()).collect(),
+            // Another worker has time to take over, and to say so, before the state gives up.
+            lease: config::number("WORKER_HEARTBEAT_SECONDS")?
+                .saturating_mul(1000)
+                .div_euclid(3)
+                .min(config::number("WORKER_LEASE_SECONDS")?.saturating_mul(1000)),
+            max_result_bytes: config::number("MAX_RESULT_BYTES")?.into(),
+        })
+    }
+}
+
 /// The jobs, and what reaches workers and waiting states.
 #[derive(Debug, Clone)]
 pub struct WorkerJobs {
@@ -50,11 +82,7 @@ pub struct WorkerJobs {
     tasks: Tasks,
     mqtt: aws_sdk_iotdataplane::Client,
     s3: aws_sdk_s3::Client,
-    bucket: String,
-    tenants: Vec<String>,
-    /// In milliseconds.
-    lease: u32,
-    max_result_bytes: u64,
+    limits: Limits,
 }
 
 /// A worker's job: its tenant, and the handle that the worker echoed.
@@ -86,32 +114,30 @@ fn input_key(tenant: &Tenant, operation: &OperationId) -> String {
 impl WorkerJobs {
     /// The jobs that the environment names.
     pub fn from_environment(aws: &aws_config::SdkConfig) -> Result<Self, String> {
+        Ok(Self::new(aws, Limits::from_environment()?))
+    }
+
+    /// The jobs of that table.
+    pub fn new(aws: &aws_config::SdkConfig, limits: Limits) -> Self {
         // A checksum of what is signed would be one of nothing: the worker has the bytes.
         let s3 = aws_sdk_s3::config::Builder::from(aws)
             .request_checksum_calculation(RequestChecksumCalculation::WhenRequired)
             .build();
-        Ok(Self {
-            table: ItemTable::new(aws, config::required("WORKER_JOBS_TABLE")?),
+        Self {
+            table: ItemTable::new(aws, limits.table.clone()),
             tasks: Tasks::new(aws),
             mqtt: aws_sdk_iotdataplane::Client::new(aws),
             s3: aws_sdk_s3::Client::from_conf(s3),
-            bucket: config::required("JOB_DATA_BUCKET")?,
-            tenants: config::required("TENANTS")?.split(',').map(|tenant| tenant.trim().to_owned()).collect(),
-            // Another worker has time to take over, and to say so, before the state gives up.
-            lease: config::number("WORKER_HEARTBEAT_SECONDS")?
-                .saturating_mul(1000)
-                .div_euclid(3)
-                .min(config::number("WORKER_LEASE_SECONDS")?.saturating_mul(1000)),
-            max_result_bytes: config::number("MAX_RESULT_BYTES")?.into(),
-        })
+            limits,
+        }
     }
 
     /// Sends a job to its tenant's workers; the state's token is kept first. If the answer is there already, the state's
     /// task ends at once.
     pub async fn dispatch(&self, order: &Order) -> Result<(), Error> {
         let Order { tenant, operation, handler, wait, input } = order;
-        if !self.tenants.iter().any(|known| known == tenant.as_str()) {
-            return Err(Error::invalid("tenant", tenant, &format!("one of {}", self.tenants.join(", "))));
+        if !self.limits.tenants.iter().any(|known| known == tenant.as_str()) {
+            return Err(Error::invalid("tenant", tenant, &format!("one of {}", self.limits.tenants.join(", "))));
         }
         let text = serde_json::to_string(input).map_err(unbuilt)?;
         if text.len() > MAX_INPUT_BYTES {
@@ -174,7 +200,7 @@ impl WorkerJobs {
     }
 
     fn lease(&self) -> i64 {
-        self.lease.into()
+        self.limits.lease.into()
     }
 
     async fn claim(&self, job: &Job<'_>, worker: &WorkerName, request: String) -> Result<Outcome, Error> {
@@ -186,7 +212,7 @@ impl WorkerJobs {
                 Outcome::Late => Verdict::Over,
                 _ => Verdict::Granted {
                     fence,
-                    lease_milliseconds: self.lease.into(),
+                    lease_milliseconds: self.limits.lease.into(),
                     input_url: if item.input_is_stored { Some(self.input_url(job).await?) } else { None },
                 },
             },
@@ -227,7 +253,7 @@ impl WorkerJobs {
     }
 
     fn granted_again(&self, lease: &Lease) -> Verdict {
-        Verdict::Granted { fence: lease.fence, lease_milliseconds: self.lease.into(), input_url: None }
+        Verdict::Granted { fence: lease.fence, lease_milliseconds: self.limits.lease.into(), input_url: None }
     }
 
     async fn plain_heartbeat(&self, job: &Job<'_>) -> Result<Outcome, Error> {
@@ -246,8 +272,8 @@ impl WorkerJobs {
     async fn upload(&self, job: &Job<'_>, lease: &Lease, request: String, bytes: u64) -> Result<Outcome, Error> {
         let item = self.table.get(&job.key()).await?;
         let (verdict, outcome) = match item.judge(&job.handle, Some(lease)) {
-            Judged::Counts if bytes > self.max_result_bytes => {
-                (Verdict::TooLarge { limit: self.max_result_bytes }, Outcome::Rejected)
+            Judged::Counts if bytes > self.limits.max_result_bytes => {
+                (Verdict::TooLarge { limit: self.limits.max_result_bytes }, Outcome::Rejected)
             }
             Judged::Counts => (self.upload_address(job, lease.fence, bytes).await?, Outcome::Applied),
             Judged::Stale => (Verdict::Lost, Outcome::Rejected),
@@ -282,7 +308,7 @@ impl WorkerJobs {
 
     /// The result that a worker says it has uploaded.
     async fn uploaded(&self, key: String, said: u64) -> Result<Answer, Error> {
-        let head = self.s3.head_object().bucket(&self.bucket).key(&key).send().await;
+        let head = self.s3.head_object().bucket(&self.limits.bucket).key(&key).send().await;
         let missing = |cause: String| Answer::Failed { error: ErrorName::ResultMissing.to_string(), cause };
         match head {
             Ok(head) => {
@@ -335,7 +361,7 @@ impl WorkerJobs {
                 }
             },
             Some(Answer::Stored { key, bytes }) => {
-                let uri = format!("s3://{}/{key}", self.bucket);
+                let uri = format!("s3://{}/{key}", self.limits.bucket);
                 json!({"result": null, "resultS3Uri": uri, "resultBytes": bytes})
             }
         };
@@ -343,14 +369,14 @@ impl WorkerJobs {
     }
 
     async fn put(&self, key: &str, text: String) -> Result<(), Error> {
-        let put = self.s3.put_object().bucket(&self.bucket).key(key).content_type("application/json");
+        let put = self.s3.put_object().bucket(&self.limits.bucket).key(key).content_type("application/json");
         put.body(text.into_bytes().into()).send().await.map_err(|error| aws("s3:PutObject", &error))?;
         Ok(())
     }
 
     /// The JSON of an object, or why it is none.
     async fn read(&self, key: &str) -> Result<Result<Value, String>, Error> {
-        let got = self.s3.get_object().bucket(&self.bucket).key(key).send().await;
+        let got = self.s3.get_object().bucket(&self.limits.bucket).key(key).send().await;
         let got = match got {
             Ok(got) => got,
             Err(error) if code(&error) == Some("NoSuchKey") => return Ok(Err("the result is gone".to_owned())),
@@ -363,14 +389,14 @@ impl WorkerJobs {
 
     async fn input_url(&self, job: &Job<'_>) -> Result<String, Error> {
         let key = input_key(job.tenant, &job.handle.operation);
-        let request = self.s3.get_object().bucket(&self.bucket).key(key);
+        let request = self.s3.get_object().bucket(&self.limits.bucket).key(key);
         let signed = request.presigned(lifetime()?).await.map_err(|error| aws("s3:GetObject", &error))?;
         Ok(signed.uri().to_owned())
     }
 
     async fn upload_address(&self, job: &Job<'_>, fence: u64, bytes: u64) -> Result<Verdict, Error> {
         let length = i64::try_from(bytes).map_err(unbuilt)?;
-        let request = self.s3.put_object().bucket(&self.bucket).key(job.result_key(fence));
+        let request = self.s3.put_object().bucket(&self.limits.bucket).key(job.result_key(fence));
         let request = request.content_length(length).content_type("application/json");
         let signed = request.presigned(lifetime()?).await.map_err(|error| aws("s3:PutObject", &error))?;
         let headers = signed.headers().map(|(name, value)| (name.to_owned(), value.to_owned())).collect();

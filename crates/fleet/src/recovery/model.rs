@@ -1,10 +1,12 @@
 //! Every order in which park, restore, quarantine, success, release and an operator's edit can meet, with crashes between
-//! any two effects: however they meet, the registry ends as the item says, and no value is lost.
+//! any two effects and with messages that are delivered again: however they meet, the registry ends as the item says, and no value
+//! is lost. What was checked is written to the terminal.
 
 use super::device::{ATTRIBUTES, Device, Limits, Phase, Registered, Step};
 use protocol::OperationId;
 use protocol::recovery::Failure;
 use stateright::{Checker, Model, Property};
+use std::io::Write;
 
 const LIMITS: Limits = Limits { attempts: 1, cycles: 2 };
 const ORIGINAL: &str = "original";
@@ -53,15 +55,22 @@ struct State {
     device: Device,
     registered: Registered,
     processes: Vec<(Work, At)>,
-    crashes: u8,
+    left: Bounds,
+}
+
+/// How often what may happen happens at most.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct Bounds {
+    /// Crashes and redeliveries together: either way somebody begins again.
+    repeats: u8,
     edits: u8,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Action {
     Go(usize),
-    /// The process is killed, and begins again.
-    Crash(usize),
+    /// The process begins again: it was killed, or what it has done is asked for once more.
+    Repeat(usize),
     Edit,
 }
 
@@ -69,8 +78,7 @@ struct Recovery {
     /// How many failures there have been.
     failures: i64,
     works: Vec<Work>,
-    crashes: u8,
-    edits: u8,
+    bounds: Bounds,
 }
 
 fn values(value: &str) -> Registered {
@@ -140,19 +148,19 @@ impl Model for Recovery {
             device.fail(&failure(number), LIMITS);
         }
         let processes = self.works.iter().map(|work| (*work, At::Begin)).collect();
-        vec![State { device, registered: values(ORIGINAL), processes, crashes: self.crashes, edits: self.edits }]
+        vec![State { device, registered: values(ORIGINAL), processes, left: self.bounds }]
     }
 
     fn actions(&self, state: &State, actions: &mut Vec<Action>) {
         for (process, (_, at)) in state.processes.iter().enumerate() {
             if *at != At::End {
                 actions.push(Action::Go(process));
-                if state.crashes > 0 && *at != At::Begin {
-                    actions.push(Action::Crash(process));
-                }
+            }
+            if state.left.repeats > 0 && *at != At::Begin {
+                actions.push(Action::Repeat(process));
             }
         }
-        if state.edits > 0 {
+        if state.left.edits > 0 {
             actions.push(Action::Edit);
         }
     }
@@ -161,12 +169,12 @@ impl Model for Recovery {
         let mut next = state.clone();
         match action {
             Action::Go(process) => next.go(process),
-            Action::Crash(process) => {
-                next.crashes -= 1;
+            Action::Repeat(process) => {
+                next.left.repeats -= 1;
                 next.processes[process].1 = At::Begin;
             }
             Action::Edit => {
-                next.edits -= 1;
+                next.left.edits -= 1;
                 next.registered.version += 1;
                 next.registered.attributes.insert("FW".to_owned(), EDITED.to_owned());
             }
@@ -177,7 +185,7 @@ impl Model for Recovery {
     fn properties(&self) -> Vec<Property<Self>> {
         vec![
             Property::always("a device that is not held has its own attributes", |model: &Self, state: &State| {
-                let firmware = if model.edits > state.edits { EDITED } else { ORIGINAL };
+                let firmware = if model.bounds.edits > state.left.edits { EDITED } else { ORIGINAL };
                 !state.is_over()
                     || state.device.phase != Phase::Active
                     || (state.value("FW") == firmware && state.value("model") == ORIGINAL)
@@ -196,23 +204,38 @@ impl Model for Recovery {
     }
 }
 
-fn check(failures: i64, works: &[Work], crashes: u8, edits: u8) {
-    let checker = Recovery { failures, works: works.to_vec(), crashes, edits }.checker().spawn_bfs().join();
-    println!("{works:?}: {} states", checker.unique_state_count());
+/// Checks every order of these works, and says how many states that were.
+fn check(failures: i64, works: &[Work], bounds: Bounds) -> usize {
+    let checker = Recovery { failures, works: works.to_vec(), bounds }.checker().threads(2).spawn_bfs().join();
     checker.assert_properties();
+    checker.unique_state_count()
+}
+
+/// Writes past the test harness, which keeps what a test that passes prints.
+fn tell(what: &str, bounds: Bounds, states: usize) {
+    let Bounds { repeats, edits } = bounds;
+    let line = format!(
+        "model: recovery, {what}: {states} states, every order with up to {repeats} crashes or redeliveries and {edits} edit by \
+         an operator: no attribute lost, no device left hidden\n"
+    );
+    std::io::stderr().write_all(line.as_bytes()).unwrap();
 }
 
 #[test]
 fn a_parking_ends_in_every_way_at_every_moment() {
-    check(1, &[Work::Follow, Work::Restore(1)], 2, 1);
-    check(1, &[Work::Follow, Work::Succeed(5)], 2, 1);
-    check(1, &[Work::Follow, Work::Release(5)], 2, 1);
-    check(1, &[Work::Follow, Work::Restore(1), Work::Succeed(5)], 1, 1);
-    check(1, &[Work::Follow, Work::Follow, Work::Restore(1)], 1, 1);
+    let pair = Bounds { repeats: 3, edits: 1 };
+    let works = [Work::Restore(1), Work::Succeed(5), Work::Release(5)];
+    tell("a parking and its end", pair, works.map(|work| check(1, &[Work::Follow, work], pair)).iter().sum());
+    let three = Bounds { repeats: 1, edits: 1 };
+    let states = check(1, &[Work::Follow, Work::Restore(1), Work::Succeed(5)], three)
+        + check(1, &[Work::Follow, Work::Follow, Work::Restore(1)], three);
+    tell("a parking and two others at once", three, states);
 }
 
 #[test]
 fn a_quarantine_that_begins_while_the_parking_still_ends() {
-    check(1, &[Work::Follow, Work::Restore(1), Work::Fail(2)], 1, 1);
-    check(1, &[Work::Restore(1), Work::Fail(2), Work::Release(5)], 1, 1);
+    let bounds = Bounds { repeats: 1, edits: 1 };
+    let states = check(1, &[Work::Follow, Work::Restore(1), Work::Fail(2)], bounds)
+        + check(1, &[Work::Restore(1), Work::Fail(2), Work::Release(5)], bounds);
+    tell("a quarantine while a parking ends", bounds, states);
 }

@@ -10,6 +10,9 @@ use flate2::read::GzDecoder;
 use flate2::write::GzEncoder;
 use std::io::{Read, Write};
 
+/// How long a batch's text is at most, in bytes: its messages are longer than its lines.
+const MAX_TEXT_BYTES: u64 = crate::lambda::MAX_BATCH_BYTES as u64;
+
 /// Where the objects are.
 #[derive(Debug, Clone)]
 pub(crate) struct History {
@@ -61,9 +64,13 @@ fn compress<'a>(samples: impl Iterator<Item = &'a Sample>) -> std::io::Result<Ve
     writer.finish()
 }
 
+/// Fails if it is longer than a batch can be.
 fn decompress(bytes: &[u8]) -> std::io::Result<Vec<Sample>> {
     let mut text = String::new();
-    GzDecoder::new(bytes).read_to_string(&mut text)?;
+    GzDecoder::new(bytes).take(MAX_TEXT_BYTES + 1).read_to_string(&mut text)?;
+    if text.len() as u64 > MAX_TEXT_BYTES {
+        return Err(std::io::Error::other(format!("the object has more than {MAX_TEXT_BYTES} bytes")));
+    }
     text.lines().map(|line| serde_json::from_str(line).map_err(Into::into)).collect()
 }
 
@@ -94,5 +101,12 @@ mod tests {
         let bytes = compress(samples.iter()).unwrap();
         assert_eq!(decompress(&bytes).unwrap(), samples);
         assert!(decompress(b"nothing").is_err());
+    }
+
+    #[test]
+    fn an_object_that_would_become_too_large_is_not_read() {
+        let mut writer = GzEncoder::new(Vec::new(), Compression::best());
+        std::io::copy(&mut std::io::repeat(b'\n').take(MAX_TEXT_BYTES + 1), &mut writer).unwrap();
+        assert!(decompress(&writer.finish().unwrap()).unwrap_err().to_string().contains("more than"));
     }
 }

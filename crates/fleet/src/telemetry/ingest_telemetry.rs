@@ -116,7 +116,7 @@ fn read(message: &QueuedMessage) -> Result<Reported, Error> {
     };
     within("body.temperature", temperature, &Reading::TEMPERATURES)?;
     within("body.humidity", humidity, &Reading::HUMIDITIES)?;
-    within("body.time", time, &(received_at - OLDEST..=received_at + AHEAD))?;
+    within("body.time", time, &(received_at.saturating_sub(OLDEST)..=received_at.saturating_add(AHEAD)))?;
     let thing = mqtt.sender().filter(|thing| *thing != device.as_str()).map(str::to_owned);
     let [temperature, humidity] = [temperature, humidity].map(to_a_thousandth);
     Ok((Sample { device, time, id, temperature, humidity, building, received_at }, thing))

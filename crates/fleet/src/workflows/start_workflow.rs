@@ -2,7 +2,7 @@
 //! workflow, once.
 
 use crate::error::{aws, code, unbuilt};
-use crate::queue::MqttMessage;
+use crate::queue::{MqttMessage, json};
 use crate::{Error, ErrorName};
 use protocol::job::{JobDocument, NextExecution, NotifyNext, UpgradeInput, WorkflowName};
 use protocol::recovery::{Failure, UPDATE_REPORTS_TOPIC, UpdateReport};
@@ -47,7 +47,7 @@ struct Scheduled {
 /// Handles one queued message: of the broker (a job that has reached its device, a device that has come online, or a
 /// report of a failed update), or of a schedule. A repeat starts nothing; a job that is not ours is left alone.
 pub async fn handle(adapters: &Adapters, body: &str) -> Result<(), Error> {
-    let start = match serde_json::from_str::<Scheduled>(body) {
+    let start = match json::<Scheduled>("schedule", body.as_bytes()) {
         Ok(scheduled) => Some(of_schedule(adapters, &scheduled)),
         Err(_) => of_message(adapters, &MqttMessage::parse(body)?)?,
     };

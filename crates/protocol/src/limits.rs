@@ -1,0 +1,71 @@
+//! What is read at all: limits on size and depth, looked at before anything is parsed.
+
+use crate::DecodeError;
+use serde::de::DeserializeOwned;
+
+/// The largest MQTT payload that AWS IoT takes, in bytes
+/// (<https://docs.aws.amazon.com/general/latest/gr/iot-core.html>).
+pub const MAX_PAYLOAD_BYTES: usize = 128 * 1024;
+
+/// How deep arrays and objects of JSON may lie in each other. Each level costs whoever parses it, prints it or drops it a piece
+/// of its stack. (USP's messages cannot lie in themselves.)
+pub const MAX_JSON_DEPTH: usize = 64;
+
+pub(crate) fn check_size(payload: &[u8]) -> Result<(), DecodeError> {
+    if payload.len() > MAX_PAYLOAD_BYTES { Err(DecodeError::TooLarge(payload.len())) } else { Ok(()) }
+}
+
+/// Fails if JSON is deeper than [`MAX_JSON_DEPTH`]. What is no JSON may pass: who parses it says so.
+pub fn check_depth(json: &[u8]) -> Result<(), DecodeError> {
+    let (mut depth, mut in_text, mut is_escaped) = (0_usize, false, false);
+    for byte in json {
+        match byte {
+            _ if is_escaped => is_escaped = false,
+            b'\\' => is_escaped = in_text,
+            b'"' => in_text = !in_text,
+            b'[' | b'{' if !in_text => depth += 1,
+            b']' | b'}' if !in_text => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+        if depth > MAX_JSON_DEPTH {
+            return Err(DecodeError::TooDeep);
+        }
+    }
+    Ok(())
+}
+
+/// Reads a JSON payload within the limits; `what` is named in the error, and the field at which it went wrong.
+pub(crate) fn json<T: DeserializeOwned>(what: &str, payload: &[u8]) -> Result<T, DecodeError> {
+    check_size(payload)?;
+    check_depth(payload)?;
+    let deserializer = &mut serde_json::Deserializer::from_slice(payload);
+    let value = serde_path_to_error::deserialize(&mut *deserializer).map_err(|error| {
+        let path = error.path().to_string();
+        let reason = error.inner();
+        DecodeError::malformed(what, if path == "." { reason.to_string() } else { format!("{path}: {reason}") })
+    })?;
+    deserializer.end().map_err(|error| DecodeError::malformed(what, error))?;
+    Ok(value)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn brackets_count_outside_of_texts_only() {
+        let nested = |depth: usize| [b"[".repeat(depth), b"]".repeat(depth)].concat();
+        assert_eq!(check_depth(&nested(MAX_JSON_DEPTH)), Ok(()));
+        assert_eq!(check_depth(&nested(MAX_JSON_DEPTH + 1)), Err(DecodeError::TooDeep));
+        assert_eq!(check_depth(&b"{\"a\":".repeat(MAX_JSON_DEPTH + 1)), Err(DecodeError::TooDeep));
+        assert_eq!(check_depth(&b"[],".repeat(1000)), Ok(()));
+        assert_eq!(check_depth(format!(r#"["{}\\","\"{}"]"#, "[".repeat(100), "{".repeat(100)).as_bytes()), Ok(()));
+        assert_eq!(check_depth(format!(r#"["\\"{}"#, "[".repeat(100)).as_bytes()), Err(DecodeError::TooDeep));
+    }
+
+    #[test]
+    fn what_follows_the_json_is_not_passed_over() {
+        assert_eq!(json::<u8>("number", b" 7 "), Ok(7));
+        assert!(json::<u8>("number", b"7 8").is_err());
+    }
+}
