@@ -49,7 +49,11 @@ pub(crate) fn response(refusal: Refusal, operation: &Operation, request: &Header
         let kind = if kind.is_empty() { "application/json" } else { kind };
         (kind, format!(r#"{{"__type":"{code}","message":"refused"}}"#).into())
     };
-    let mut response = Response::builder().status(status).header("content-type", kind).header("x-amzn-errortype", code);
+    let mut response = Response::builder()
+        .status(status)
+        .header("content-type", kind)
+        .header("x-amzn-errortype", code)
+        .header("x-amzn-requestid", "refused-by-a-rule");
     if let Some(protocol) = request.get("smithy-protocol") {
         response = response.header("smithy-protocol", protocol);
     }

@@ -41,7 +41,8 @@ pub enum Effect {
     Throttle,
     /// The API fails with an error of its own.
     Unavailable,
-    /// The call is carried out, and its connection breaks before the answer.
+    /// The call is carried out, and its connection breaks before the answer. Matches calls of functions only: Step Functions sees to
+    /// the connections of its own tasks itself.
     LoseAnswer,
     /// The call waits for so many milliseconds.
     Delay(u64),
@@ -80,7 +81,7 @@ pub(crate) struct Call<'a> {
 impl State {
     fn matches(&self, call: &Call<'_>) -> bool {
         let Rule { contains, function, operation, effect, .. } = &self.rule;
-        let needs_process = matches!(effect, Effect::KillBefore | Effect::KillAfter);
+        let needs_process = matches!(effect, Effect::KillBefore | Effect::KillAfter | Effect::LoseAnswer);
         let Operation { service, name } = call.operation;
         (call.function.is_some() || !needs_process)
             && function.as_ref().is_none_or(|part| call.function.is_some_and(|name| name.contains(part)))
