@@ -4,6 +4,7 @@ Usage: GATEWAY_PORT=4566 python ministack_local.py
 """
 
 import dynamic_thing_groups
+import enforcement
 import event_source_batches
 import job_retries
 import ministack.services.lambda_svc as lambda_svc
@@ -24,6 +25,7 @@ def sqs_concurrency(mapping, *arguments, **keywords):
 
 lambda_svc._sqs_esm_concurrency = sqs_concurrency
 dynamic_thing_groups.install()
+enforcement.install()
 event_source_batches.install()
 job_retries.install()
 schedule_times.install()

@@ -19,13 +19,15 @@ import uuid
 import boto3
 import jsonata
 import moto.stepfunctions.parser.asl.jsonata.jsonata as jsonata_bridge
+import urllib3
 from botocore.config import Config
 from botocore.session import get_session
 from jsonata.utils import Utils
 from moto.core.config import default_user_config
+from moto.core.exceptions import AWSError
 from moto.core.responses import EmptyResult
 from moto.server import main
-from moto.stepfunctions.parser.api import EvaluationFailedEventDetails, HistoryEventType
+from moto.stepfunctions.parser.api import EvaluationFailedEventDetails, ExecutionStatus, HistoryEventType
 from moto.stepfunctions.parser.asl.component.common.error_name.failure_event import FailureEvent, FailureEventException
 from moto.stepfunctions.parser.asl.component.common.error_name.states_error_name import StatesErrorName
 from moto.stepfunctions.parser.asl.component.common.error_name.states_error_name_type import StatesErrorNameType
@@ -173,17 +175,27 @@ jsonata_bridge.eval_jsonata_expression = eval_text
 replace_everywhere("eval_jsonata_expression", eval_text)
 
 
-# Gap: moto makes a new client for every task, signs with "ak"/"sk" (which the emulator refuses when it enforces
-# policies) and allows ten connections. The root key pair comes from the environment.
+# Gap: moto makes a new client for every task, signs with "ak"/"sk", and allows ten connections. Here a state machine calls
+# with a session of its role, which the emulator holds to the role's policies. The root key pair comes from the environment.
 
 _clients = {}
 _clients_lock = threading.Lock()
+YEAR_SECONDS = 365 * 24 * 3600
+
+
+def session_of(role_arn):
+    """Credentials of a role; the emulator gives them for as long as they are asked for."""
+    sts = boto3.client("sts", endpoint_url=ENDPOINT)
+    assumed = sts.assume_role(RoleArn=role_arn, RoleSessionName="states", DurationSeconds=YEAR_SECONDS)["Credentials"]
+    return boto3.Session(assumed["AccessKeyId"], assumed["SecretAccessKey"], assumed["SessionToken"])
 
 
 def shared_client(region, service, state_credentials=None):
-    """The one client of this service; roles of states are not assumed here."""
+    """The one client of this service for this role."""
+    role_arn = state_credentials and state_credentials.role_arn
     with _clients_lock:
-        if (service, region) not in _clients:
+        key = (service, region, role_arn)
+        if key not in _clients:
             # A task may run for as long as its state allows: Step Functions keeps the time, not the client.
             config = Config(
                 parameter_validation=False,
@@ -192,10 +204,9 @@ def shared_client(region, service, state_credentials=None):
                 read_timeout=24 * 3600,
                 max_pool_connections=PARALLEL_CALLS,
             )
-            _clients[service, region] = boto3.client(
-                service, region_name=region, endpoint_url=ENDPOINT, config=config
-            )
-        return _clients[service, region]
+            session = session_of(role_arn) if role_arn else boto3
+            _clients[key] = session.client(service, region_name=region, endpoint_url=ENDPOINT, config=config)
+        return _clients[key]
 
 
 replace_everywhere("boto_client_for", shared_client)
@@ -336,6 +347,48 @@ def send_task_failure(self):
 
 
 StepFunctionResponse.send_task_failure = send_task_failure
+
+
+# Gap: moto knows no policies. Who is not the root user is checked by the emulator, which gets the same request with the ARN of
+# the state machine: AWS checks the end of a task on that, although the request does not name it.
+
+
+_emulator = urllib3.PoolManager(maxsize=PARALLEL_CALLS)
+
+
+def state_machine_of(response):
+    """The state machine that the request is about; none if its task has ended or never was."""
+    arn, token = response._get_param("stateMachineArn"), response._get_param("taskToken")
+    if arn:
+        return arn
+    for execution in response.stepfunction_backend._get_executions(ExecutionStatus.RUNNING):
+        if execution.exec_worker.env.callback_pool_manager.get(token):
+            return execution.state_machine_arn
+    return None
+
+
+def check_policies(response):
+    if f"Credential={os.environ['AWS_ACCESS_KEY_ID']}/" in response.headers.get("Authorization", ""):
+        return
+    arn = state_machine_of(response)
+    if arn:
+        headers = {**response.headers, "x-local-state-machine": arn}
+        answer = _emulator.request("POST", ENDPOINT, body=response.body, headers=headers, retries=False)
+        if answer.status != 200:
+            raise AWSError(answer.json()["message"], answer.json()["__type"], answer.status)
+
+
+def checked(operation):
+    @functools.wraps(operation)
+    def check_and_operate(self):
+        check_policies(self)
+        return operation(self)
+
+    return check_and_operate
+
+
+for _operation_name in ("start_execution", "send_task_success", "send_task_failure", "send_task_heartbeat"):
+    setattr(StepFunctionResponse, _operation_name, checked(getattr(StepFunctionResponse, _operation_name)))
 
 
 # Gap: AWS has room for a thousand Lambda functions at once. Here they share a few processors: so many starts at the same

@@ -406,14 +406,8 @@ async fn a_thing_that_the_registry_does_not_know_is_a_reported_failure() {
 #[ignore = "needs the local cloud: cargo xtask test"]
 async fn a_boot_that_nobody_asked_for_is_a_domain_event() {
     let cloud = Cloud::connect().await;
-    let name = format!("listener-{}", uuid::Uuid::new_v4().simple());
-    let queue = cloud.sqs.create_queue().queue_name(&name).send().await.unwrap().queue_url.unwrap();
-    let arn = aws_sdk_sqs::types::QueueAttributeName::QueueArn;
-    let attributes =
-        cloud.sqs.get_queue_attributes().queue_url(&queue).attribute_names(arn.clone()).send().await.unwrap();
-    let subscribe = cloud.sns.subscribe().topic_arn(cloud.output("EventsTopicArn")).protocol("sqs");
-    let subscribe = subscribe.endpoint(&attributes.attributes.unwrap()[&arn]).attributes("RawMessageDelivery", "true");
-    subscribe.attributes("FilterPolicy", r#"{"eventType":["DEVICE_BOOTED"]}"#).send().await.expect("subscribed");
+    let filter = ("FilterPolicy", r#"{"eventType":["DEVICE_BOOTED"]}"#);
+    let queue = cloud.listen("EventsTopicArn", &[("RawMessageDelivery", "true"), filter]).await;
 
     let (_, devices) = cloud.provision("boot", 2, ProtocolMix::Mixed).await;
     for spec in &devices {

@@ -517,18 +517,6 @@ async fn measured(events: &mut UnboundedReceiver<SensorEvent>, is: impl Fn(f64) 
     tokio::time::timeout(tests::PATIENCE, next).await.expect("the sensor measures it");
 }
 
-/// A queue that hears what is said on the topic of alarms.
-async fn listen_to_alarms(cloud: &Cloud) -> String {
-    let queue = cloud.sqs.create_queue().queue_name(format!("alarms-{}", random())).send().await.unwrap();
-    let url = queue.queue_url.unwrap();
-    let arn = cloud.sqs.get_queue_attributes().queue_url(&url);
-    let arn = arn.attribute_names(aws_sdk_sqs::types::QueueAttributeName::QueueArn).send().await.unwrap();
-    let arn = arn.attributes.unwrap().into_values().next().unwrap();
-    let subscribe = cloud.sns.subscribe().topic_arn(cloud.output("AlarmTopicArn")).protocol("sqs").endpoint(arn);
-    subscribe.send().await.unwrap();
-    url
-}
-
 /// Waits for a message with these words.
 async fn alarm(cloud: &Cloud, url: &str, words: &[&str]) -> String {
     eventually(&format!("an alarm of {words:?}"), || async {
@@ -545,7 +533,7 @@ async fn alarm(cloud: &Cloud, url: &str, words: &[&str]) -> String {
 async fn people_are_told_once_when_nothing_helps() {
     let cloud = Cloud::connect().await;
     let building = own_building();
-    let alarms = listen_to_alarms(&cloud).await;
+    let alarms = cloud.listen("AlarmTopicArn", &[]).await;
     let things = sensors(&cloud, "stuck", 1, &[("building", building.as_str())]).await;
     let device = things[0].thing.as_str();
     let stuck = SensorOptions { min_temperature: 15.0, remediation_factor: 0.0, ..options(&building) };
@@ -615,7 +603,7 @@ async fn a_plain_sensor_that_a_thing_reports_for_is_heard_and_told() {
 #[ignore = "needs the local cloud: cargo xtask test"]
 async fn a_building_that_is_too_warm_raises_an_alarm() {
     let cloud = Cloud::connect().await;
-    let alarms = listen_to_alarms(&cloud).await;
+    let alarms = cloud.listen("AlarmTopicArn", &[]).await;
     let building: Building = "2".parse().unwrap();
     let things = sensors(&cloud, "warm", 1, &[("building", building.as_str())]).await;
     let client = MqttDevice::connect(&things[0], true).await;
@@ -651,9 +639,9 @@ async fn a_poison_row_stops_no_other() {
 async fn a_remediation_survives_a_death_at_any_point() {
     let cloud = Cloud::connect().await;
     let (places, rules) = (remediate_places(&cloud).await, remediate_rules());
-    let things = sensors(&cloud, "listener", 1, &[]).await;
-    let mut listener = MqttDevice::connect(&things[0], true).await;
     let building = own_building();
+    let things = sensors(&cloud, "listener", 1, &[("building", building.as_str())]).await;
+    let mut listener = MqttDevice::connect(&things[0], true).await;
     listener.subscribe(remediations_topic(&building), QoS::AtLeastOnce).await;
 
     // Read, decide, note, ask for a check, tell, mark, read again, and note that it is done.
@@ -711,7 +699,7 @@ async fn a_record_that_fails_is_delivered_again_and_the_others_are_done() {
 async fn people_are_told_of_a_sensor_that_falls_silent_after_a_remediation() {
     let cloud = Cloud::connect().await;
     let building = own_building();
-    let alarms = listen_to_alarms(&cloud).await;
+    let alarms = cloud.listen("AlarmTopicArn", &[]).await;
     let things = sensors(&cloud, "silent", 1, &[("building", building.as_str())]).await;
     let client = MqttDevice::connect(&things[0], true).await;
     let device = things[0].thing.as_str();

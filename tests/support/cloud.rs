@@ -280,6 +280,27 @@ impl Cloud {
         send.send().await.expect("sent");
     }
 
+    /// A queue of the test's own that hears what is said on a topic, and may: its URL.
+    pub async fn listen(&self, topic: &str, attributes: &[(&str, &str)]) -> String {
+        let topic = self.output(topic);
+        let name = format!("listener-{}", uuid::Uuid::new_v4().simple());
+        let (of_topic, _) = topic.rsplit_once(':').expect("an ARN");
+        let arn = format!("{}:{name}", of_topic.replacen(":sns:", ":sqs:", 1));
+        let policy = json!({"Version": "2012-10-17", "Statement": [{
+            "Effect": "Allow", "Principal": {"Service": "sns.amazonaws.com"}, "Action": "sqs:SendMessage",
+            "Resource": arn, "Condition": {"ArnEquals": {"aws:SourceArn": topic}},
+        }]});
+        let create = self.sqs.create_queue().queue_name(name);
+        let create = create.attributes(aws_sdk_sqs::types::QueueAttributeName::Policy, policy.to_string());
+        let queue = create.send().await.expect("a queue").queue_url.expect("its URL");
+        let mut subscribe = self.sns.subscribe().topic_arn(topic).protocol("sqs").endpoint(arn);
+        for (name, value) in attributes {
+            subscribe = subscribe.attributes(*name, *value);
+        }
+        subscribe.send().await.expect("subscribed");
+        queue
+    }
+
     /// Whether everything in the queue has been handled.
     pub async fn is_drained(&self, name: &str) -> bool {
         use aws_sdk_sqs::types::QueueAttributeName::{

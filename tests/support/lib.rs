@@ -1,8 +1,8 @@
 //! What the end-to-end tests share: the deployed stack, jobs on it, and a device that does exactly what a test says.
 
+mod attempts;
 mod cloud;
 mod crash;
-mod enforcing_broker;
 mod mqtt_device;
 mod outage;
 mod pushes;
@@ -10,9 +10,9 @@ mod recoveries;
 mod scripted_device;
 mod workers;
 
+pub use attempts::{Attempt, Credential, allows, credential};
 pub use cloud::{Cloud, Ended, Image, kill_functions, meeting, names, with_faults};
 pub use crash::{Crash, crashing};
-pub use enforcing_broker::{Attempt, Credential, EnforcingBroker};
 pub use mqtt_device::MqttDevice;
 pub use outage::{Outage, Refusal, refusing};
 pub use pushes::{Pushed, settings_api};

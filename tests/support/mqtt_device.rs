@@ -27,18 +27,18 @@ impl Drop for MqttDevice {
 impl MqttDevice {
     /// Connects with the device's certificate, as a new session if it shall be clean.
     pub async fn connect(device: &DeviceSpec, clean_session: bool) -> Self {
-        Self::connect_as(device.thing.clone(), &device.certificates, clean_session).await
+        Self::connect_as(device.thing.clone(), device.thing.as_str(), &device.certificates, clean_session).await
     }
 
     /// Connects as that client, with the certificate in that folder.
-    pub async fn connect_as(client_id: ThingName, folder: &std::path::Path, clean_session: bool) -> Self {
+    pub async fn connect_as(thing: ThingName, client_id: &str, folder: &std::path::Path, clean_session: bool) -> Self {
         let read = |path: std::path::PathBuf| {
             std::fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
         };
         let identity = (read(folder.join("certificate.pem")), read(folder.join("private.key")));
         let endpoint = std::env::var("FLEETFLOW_MQTT_ENDPOINT").expect("FLEETFLOW_MQTT_ENDPOINT");
         let (host, port) = endpoint.split_once(':').expect("host:port");
-        let mut options = MqttOptions::new(client_id.as_str(), host, port.parse().expect("a port"));
+        let mut options = MqttOptions::new(client_id, host, port.parse().expect("a port"));
         options.set_transport(Transport::tls(read(Cloud::ca()), Some(identity), None));
         options.set_clean_session(clean_session);
         options.set_max_packet_size(256 * 1024, 2 * 1024 * 1024);
@@ -59,7 +59,7 @@ impl MqttDevice {
         });
         let online = tokio::time::timeout(PATIENCE, connections.recv()).await;
         online.expect("the device connects in time").expect("the device connects");
-        Self { thing: client_id, client, messages, subscriptions, connection }
+        Self { thing, client, messages, subscriptions, connection }
     }
 
     /// Subscribes and waits until the broker has confirmed it.

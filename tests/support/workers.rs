@@ -63,8 +63,10 @@ impl PlainWorker {
     pub async fn connect(cloud: &Cloud, tenant: &str) -> Self {
         let tenant: Tenant = tenant.parse().expect("a tenant");
         let folder = cloud.worker_credentials(&tenant).await;
-        let id = folder.file_name().and_then(|name| name.to_str()).expect("a name");
-        let mut client = MqttDevice::connect_as(id.parse().expect("a client id"), &folder, false).await;
+        let name = folder.file_name().and_then(|name| name.to_str()).expect("a name");
+        // The policy wants a tenant's workers to connect under its name.
+        let client_id = format!("{tenant}.{name}");
+        let mut client = MqttDevice::connect_as(name.parse().expect("a name"), &client_id, &folder, false).await;
         client.subscribe(jobs_topic(&tenant), QoS::AtLeastOnce).await;
         Self { client, tenant }
     }
@@ -74,15 +76,10 @@ impl PlainWorker {
         JobMessage::decode(&self.client.message().await.payload).expect("a job")
     }
 
-    /// Answers with this payload, whatever it is, on the topic of a tenant.
-    pub async fn say_as(&self, tenant: &Tenant, payload: &Value) {
-        let payload = payload.to_string().into_bytes();
-        self.client.publish(Publication { topic: answers_topic(tenant), payload }).await;
-    }
-
     /// Answers with this payload, whatever it is.
     pub async fn say(&self, payload: &Value) {
-        self.say_as(&self.tenant, payload).await;
+        let payload = payload.to_string().into_bytes();
+        self.client.publish(Publication { topic: answers_topic(&self.tenant), payload }).await;
     }
 
     /// Answers a job with a result.

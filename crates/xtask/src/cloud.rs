@@ -328,6 +328,8 @@ fn ministack(project: &Project, venvs: &Venvs, run: &Run, ports: &Ports) -> Comm
         .env("IOT_MTLS_ENABLED", "1")
         .env("IOT_MTLS_PORT", ports.mqtt.to_string())
         .env("MINISTACK_REGION", REGION)
+        // Policies are enforced, of IAM and of the broker.
+        .env("AUTH", "true")
         // Lambda processes inherit these; without them they would call AWS itself.
         .env("AWS_ENDPOINT_URL", url(ports.called()[0]))
         .env("AWS_ENDPOINT_URL_SFN", url(ports.called()[1]))
