@@ -397,7 +397,8 @@ impl OnPremises {
         worker.client.subscribe(format!("{BY_HAND}/to/worker/+"), QoS::AtLeastOnce).await;
         let folder = cloud.worker_credentials(&tenant).await;
         let id = folder.file_name().and_then(|name| name.to_str()).unwrap();
-        let voice = MqttDevice::connect_as(id.parse().unwrap(), &folder, true).await;
+        let client_id = format!("{BY_HAND}.{id}");
+        let voice = MqttDevice::connect_as(id.parse().unwrap(), &client_id, &folder, true).await;
         let letters = Letters::default();
         let listener = tokio::spawn(sort(worker, letters.clone()));
         let arguments = json!(["-c", PATIENT]);
