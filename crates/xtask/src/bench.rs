@@ -43,11 +43,11 @@ impl Benchmark {
 
 /// What a benchmark has found.
 #[derive(Serialize)]
-pub(crate) struct Findings {
+struct Findings {
     /// What was measured, and how: a sentence or two.
-    pub(crate) about: String,
-    pub(crate) columns: Vec<String>,
-    pub(crate) rows: Vec<Vec<String>>,
+    about: String,
+    columns: Vec<String>,
+    rows: Vec<Vec<String>>,
 }
 
 /// Where and when something was measured.
@@ -112,7 +112,7 @@ impl Setting {
 
 impl Findings {
     /// A table for the terminal.
-    pub(crate) fn text(&self) -> String {
+    fn text(&self) -> String {
         let all = || std::iter::once(&self.columns).chain(&self.rows);
         let width = |column: usize| all().map(|row| row[column].chars().count()).max().unwrap_or_default();
         let widths: Vec<usize> = (0..self.columns.len()).map(width).collect();
