@@ -67,3 +67,18 @@ impl Drop for Step {
         self.close("failed");
     }
 }
+
+/// A table: the first column to the left, the others to the right.
+pub(crate) fn table(columns: &[String], rows: &[Vec<String>]) -> String {
+    let all = || std::iter::once(columns).chain(rows.iter().map(Vec::as_slice));
+    let width = |column: usize| all().map(|row| row[column].chars().count()).max().unwrap_or_default();
+    let widths: Vec<usize> = (0..columns.len()).map(width).collect();
+    let line = |row: &[String]| {
+        let cells = row.iter().zip(&widths).enumerate().map(|(index, (cell, width))| match index {
+            0 => format!("{cell:<width$}"),
+            _ => format!("{cell:>width$}"),
+        });
+        cells.collect::<Vec<_>>().join("  ")
+    };
+    all().map(line).collect::<Vec<_>>().join("\n")
+}

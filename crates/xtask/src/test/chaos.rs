@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use serde::Deserialize;
 
 use super::{Passed, TestOptions, cargo, stop, test_cloud};
-use crate::bench::Findings;
+use crate::console;
 use crate::project::Project;
 
 /// Template parameters of the long run. Deadlines leave room for a message that is delivered again a few times, since so many
@@ -28,6 +28,8 @@ const PARAMETERS: &[(&str, &str)] = &[
     ("RemediationEffectSeconds", "3"),
 ];
 const REPORTS: &str = "target/chaos";
+const COLUMNS: [&str; 9] =
+    ["workflow", "cases", "with disturbed calls", "survived", "stuck", "wrong", "lost", "seconds", "seed"];
 
 /// What the tests say of a workflow.
 #[derive(Deserialize)]
@@ -57,12 +59,12 @@ pub(super) fn chaos(project: &Project, options: &TestOptions, cases: u32, passed
     tests.envs(options.case.map(|case| ("FLEETFLOW_CHAOS_CASE", case.to_string())));
     tests.envs(options.seed.map(|seed| ("FLEETFLOW_SEED", seed.to_string())));
     let outcome = passed.command(project, "Made-up faults", tests);
-    println!("\n{}\n", table(&reports)?.text());
+    println!("\n{}\n", console::table(&COLUMNS.map(String::from), &rows(&reports)?));
     outcome?;
     stop(cloud, passed)
 }
 
-fn table(reports: &Path) -> Result<Findings> {
+fn rows(reports: &Path) -> Result<Vec<Vec<String>>> {
     let mut files: Vec<_> = match fs::read_dir(reports) {
         Ok(entries) => entries.flatten().map(|entry| entry.path()).collect(),
         Err(_) => Vec::new(),
@@ -77,7 +79,5 @@ fn table(reports: &Path) -> Result<Findings> {
         let row = std::iter::once(workflow).chain(numbers).chain([seconds.to_string(), seed.to_string()]);
         rows.push(row.collect());
     }
-    let columns =
-        ["workflow", "cases", "with disturbed calls", "survived", "stuck", "wrong", "lost", "seconds", "seed"];
-    Ok(Findings { about: String::new(), columns: columns.map(String::from).into(), rows })
+    Ok(rows)
 }
