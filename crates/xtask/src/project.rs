@@ -35,13 +35,15 @@ impl Project {
     }
 
     /// A command in the root of the checkout that reads no settings of the user's AWS tools and writes only below
-    /// `.fleetflow/` and the target folder.
+    /// `.fleetflow/` and the target folder. It builds what a shell would build: what Cargo tells this program of its own
+    /// package would have others compiled anew.
     pub(crate) fn command(&self, program: impl AsRef<Path>) -> Command {
         let mut command = Command::new(program.as_ref());
         command.current_dir(&self.root);
         for (name, _) in std::env::vars_os() {
             let name = name.to_string_lossy().into_owned();
-            if name.starts_with("AWS_") || name.starts_with("SAM_CLI") || name.starts_with("PYTHON") {
+            let foreign = ["AWS_", "SAM_CLI", "PYTHON", "CARGO_PKG_", "CARGO_MANIFEST_"];
+            if foreign.iter().any(|prefix| name.starts_with(prefix)) {
                 command.env_remove(name);
             }
         }

@@ -53,7 +53,7 @@ pub(super) fn chaos(project: &Project, options: &TestOptions, cases: u32, passed
     }
     let (cloud, settings_api) = test_cloud(project, PARAMETERS, passed)?;
     let mut tests = cargo(project, &["test", "--workspace", "--test", "chaos", "--no-fail-fast", "--"]);
-    tests.args(["--ignored", "--nocapture", "--test-threads", "1"]).args(&options.filter);
+    tests.args(["--ignored", "--nocapture", "--test-threads", "3"]).args(&options.filter);
     tests.envs(cloud.environment()).envs(settings_api.environment());
     tests.env("FLEETFLOW_CHAOS_CASES", cases.to_string()).env("FLEETFLOW_CHAOS_REPORTS", &reports);
     tests.envs(options.case.map(|case| ("FLEETFLOW_CHAOS_CASE", case.to_string())));
