@@ -85,7 +85,11 @@ fn rest(service: &str, method: &Method, path: &str) -> String {
     let first = path.trim_start_matches('/').split('/').next().unwrap_or_default();
     let name = match (service, method.as_str(), first) {
         ("iotdata" | "iotdevicegateway", "POST", "topics") => "Publish",
+        ("iot", "GET", "things") if path.contains("/jobs/") => "DescribeJobExecution",
         ("iot", "GET", "things") => "DescribeThing",
+        ("iot", "POST", "things") if path.ends_with("/connectivity-data") => "GetThingConnectivityData",
+        ("iot", "PUT", "thing-groups") if path.ends_with("/addThingToThingGroup") => "AddThingToThingGroup",
+        ("iot", "PUT", "thing-groups") if path.ends_with("/removeThingFromThingGroup") => "RemoveThingFromThingGroup",
         ("iot", "PATCH", "things") => "UpdateThing",
         ("iot-jobs-data", "POST", "things") => "UpdateJobExecution",
         ("iot-jobs-data", "GET", "things") => "DescribeJobExecution",
@@ -98,15 +102,8 @@ fn rest(service: &str, method: &Method, path: &str) -> String {
     name.to_owned()
 }
 
-/// The same request, with the question for what it costs; `None` if it costs nothing that `DynamoDB` would tell.
-pub(crate) fn ask_for_capacity(operation: &Operation, body: &[u8]) -> Option<Vec<u8>> {
-    if operation.service != "dynamodb" {
-        return None;
-    }
-    let mut request: Value = serde_json::from_slice(body).ok()?;
-    request.as_object_mut()?.entry("ReturnConsumedCapacity").or_insert_with(|| "TOTAL".into());
-    serde_json::to_vec(&request).ok()
-}
+/// The header by which the local cloud is asked what a call of `DynamoDB` costs. The request itself stays as its caller has signed it.
+pub(crate) const ASK_FOR_CAPACITY: &str = "x-return-consumed-capacity";
 
 /// The capacity units of an answer.
 pub(crate) fn capacity(answer: &[u8]) -> f64 {
@@ -153,17 +150,16 @@ mod tests {
         assert_eq!(of(&Method::POST, "/", &[scope("sns"), form], "Action=Publish&TopicArn=a"), "sns.Publish");
         assert_eq!(of(&Method::GET, "/things/a", &[scope("iot")], ""), "iot.DescribeThing");
         assert_eq!(of(&Method::GET, "/jobs/a", &[scope("iot")], ""), "iot.GET /jobs");
+        assert_eq!(of(&Method::GET, "/things/a/jobs/b", &[scope("iot")], ""), "iot.DescribeJobExecution");
+        let path = "/thing-groups/addThingToThingGroup";
+        assert_eq!(of(&Method::PUT, path, &[scope("iot")], ""), "iot.AddThingToThingGroup");
         let path = "/service/GraniteServiceVersion20100801/operation/PutMetricData";
         assert_eq!(of(&Method::POST, path, &[scope("monitoring")], ""), "monitoring.PutMetricData");
         assert_eq!(of(&Method::GET, "/", &[], ""), "unknown.GET /");
     }
 
     #[test]
-    fn capacity_is_asked_for_and_read() {
-        let update = Operation { service: "dynamodb".into(), name: "UpdateItem".into() };
-        let asked = ask_for_capacity(&update, br#"{"TableName":"a"}"#).expect("asked");
-        assert_eq!(asked, br#"{"ReturnConsumedCapacity":"TOTAL","TableName":"a"}"#);
-        assert_eq!(ask_for_capacity(&Operation { service: "sqs".into(), ..update }, b"{}"), None);
+    fn capacity_is_read() {
         assert!((capacity(br#"{"ConsumedCapacity":{"CapacityUnits":2.5}}"#) - 2.5).abs() < f64::EPSILON);
         let two = br#"{"ConsumedCapacity":[{"CapacityUnits":1},{"CapacityUnits":2}]}"#;
         assert!((capacity(two) - 3.0).abs() < f64::EPSILON);

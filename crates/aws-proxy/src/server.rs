@@ -1,14 +1,14 @@
 //! The server: passes on, counts, disturbs.
 
 use crate::caller::Caller;
-use crate::calls::{Called, Count, Operation, ask_for_capacity, capacity, reads};
+use crate::calls::{ASK_FOR_CAPACITY, Called, Count, Operation, capacity, reads};
 use crate::refusal::{Refusal, response};
 use crate::rules::{Call, Effect, Rule, State};
 use anyhow::Result;
 use axum::body::{Body, Bytes, to_bytes};
 use axum::extract::{ConnectInfo, Request, State as Shared, connect_info::Connected};
 use axum::http::request::Parts;
-use axum::http::{Response, header};
+use axum::http::{HeaderValue, Response, header};
 use axum::routing::get;
 use axum::serve::IncomingStream;
 use axum::{Json, Router};
@@ -177,14 +177,16 @@ fn broken() -> Response<Body> {
 impl Proxy {
     /// Has the call carried out; what it costs is added to the count.
     async fn pass(&self, operation: &Operation, head: &Parts, body: Bytes, count: &mut Count) -> Response<Body> {
-        let asking = ask_for_capacity(operation, &body);
-        let asks = asking.is_some();
+        let is_dynamodb = operation.service == "dynamodb";
         let mut headers = head.headers.clone();
         headers.remove(header::CONTENT_LENGTH);
         headers.remove(header::TRANSFER_ENCODING);
+        if is_dynamodb {
+            headers.insert(ASK_FOR_CAPACITY, HeaderValue::from_static("TOTAL"));
+        }
         let path = head.uri.path_and_query().map_or("/", |path| path.as_str());
         let request = self.client.request(head.method.clone(), format!("http://{}{path}", self.behind));
-        let request = request.headers(headers).body(asking.map_or(body, Bytes::from));
+        let request = request.headers(headers).body(body);
         let Ok(answer) = request.send().await else { return broken() };
         let mut passed = Response::builder().status(answer.status());
         if let Some(headers) = passed.headers_mut() {
@@ -193,7 +195,7 @@ impl Proxy {
             headers.remove(header::CONNECTION);
         }
         let Ok(bytes) = answer.bytes().await else { return broken() };
-        if asks {
+        if is_dynamodb {
             let units = if reads(operation) { &mut count.read_units } else { &mut count.write_units };
             *units += capacity(&bytes);
         }
