@@ -2,36 +2,32 @@
 //! once the broker has acknowledged them.
 
 mod endpoint;
+mod wire;
 
 pub use endpoint::Endpoint;
 use protocol::Publication;
 use rand::RngExt;
-use rumqttc::{
-    AsyncClient, Event, EventLoop, MqttOptions, Outgoing, Packet, Publish, QoS, SubscribeFilter, SubscribeReasonCode,
-    TlsConfiguration, Transport,
-};
+use rumqttc::{Packet, PubAck, Publish, QoS, Subscribe, SubscribeFilter, SubscribeReasonCode};
 use rustls::client::Resumption;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::{ClientConfig, RootCertStore};
 use std::collections::VecDeque;
+use std::convert::Infallible;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
+use tokio::select;
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
+use tokio::time::{Instant, MissedTickBehavior, interval_at};
+use wire::Wire;
 
 const KEEP_ALIVE: Duration = Duration::from_secs(30);
 const FIRST_RETRY: Duration = Duration::from_millis(500);
 const LONGEST_RETRY: Duration = Duration::from_secs(30);
-/// Requests that the MQTT client may hold. One publish is in flight at a time, so these are acknowledgements,
-/// and a device gets one command at a time.
-const REQUESTS: usize = 1024;
-/// Publishes that the MQTT client keeps room for; one is in flight at a time.
-const IN_FLIGHT: u16 = 8;
-/// Packets a little larger than the largest payload that the broker carries.
-const PACKET_BYTES: usize = protocol::MAX_PAYLOAD_BYTES + 4096;
-
+/// The packet id of a connection's subscription.
+const SUBSCRIPTION: u16 = 1;
 /// Chooses the TLS implementation of this process. Every entry point calls it; only the first call counts.
 pub fn install_crypto_provider() {
     // An error means that the program has chosen already, which is as good.
@@ -122,8 +118,8 @@ pub struct ConnectionSettings {
 
 /// A message from the broker that it keeps until [`Delivery::acknowledge`].
 pub struct Delivery {
-    publish: Publish,
-    client: AsyncClient,
+    publish: Box<Publish>,
+    requests: Requests,
 }
 
 impl Delivery {
@@ -140,7 +136,9 @@ impl Delivery {
     /// Lets the broker forget the message. On a connection that is gone by now this does nothing, and the
     /// broker delivers again.
     pub fn acknowledge(self) {
-        let _ = self.client.try_ack(&self.publish);
+        if self.publish.qos == QoS::AtLeastOnce {
+            self.requests.send(Packet::PubAck(PubAck::new(self.publish.pkid)));
+        }
     }
 }
 
@@ -210,6 +208,16 @@ impl Connection {
     }
 }
 
+/// What is to be sent over a connection: acknowledgements, and one publish at a time. Nothing comes of it once that is gone.
+#[derive(Clone)]
+struct Requests(mpsc::UnboundedSender<Box<Packet>>);
+
+impl Requests {
+    fn send(&self, packet: Packet) {
+        let _ = self.0.send(Box::new(packet));
+    }
+}
+
 /// Messages that the broker has not acknowledged. Only the first is on its way, so that order is kept and
 /// every acknowledgement is for that one.
 #[derive(Default)]
@@ -218,7 +226,9 @@ struct Outbox(Mutex<Queued>);
 #[derive(Default)]
 struct Queued {
     queue: VecDeque<(Publication, oneshot::Sender<()>)>,
-    client: Option<AsyncClient>,
+    requests: Option<Requests>,
+    /// The packet id of the message that is on its way.
+    packet_id: u16,
     /// How long the device stays away once its connection is closed, when it closes it on purpose.
     away: Option<Duration>,
 }
@@ -238,25 +248,31 @@ impl Outbox {
         receiver
     }
 
-    fn connected(&self, client: &AsyncClient) {
+    fn connected(&self, requests: &Requests) {
         let mut queued = self.lock();
-        queued.client = Some(client.clone());
+        queued.requests = Some(requests.clone());
         queued.send_first();
     }
 
     fn leave(&self, away: Duration) {
         let mut queued = self.lock();
-        let Some(client) = &queued.client else { return };
-        // The queue of requests is never full; were it, the broker's silence would end the connection.
-        let _ = client.try_disconnect();
+        let Some(requests) = &queued.requests else { return };
+        requests.send(Packet::Disconnect);
         queued.away = Some(away);
     }
 
     /// Returns how long the device meant to stay away, if it did.
     fn disconnected(&self) -> Option<Duration> {
         let mut queued = self.lock();
-        queued.client = None;
+        queued.requests = None;
         queued.away.take()
+    }
+
+    /// The broker has a message; one that is not on its way does not count.
+    fn acknowledged_by(&self, packet_id: u16) {
+        if self.lock().packet_id == packet_id {
+            self.acknowledged();
+        }
     }
 
     fn acknowledged(&self) {
@@ -270,10 +286,13 @@ impl Outbox {
 }
 
 impl Queued {
-    fn send_first(&self) {
-        if let (Some(client), Some((publication, _))) = (&self.client, self.queue.front()) {
-            // The queue of requests is never full; were it, the broker's silence would end the connection.
-            let _ = client.try_publish(&publication.topic, QoS::AtLeastOnce, false, publication.payload.clone());
+    fn send_first(&mut self) {
+        if let (Some(requests), Some((publication, _))) = (&self.requests, self.queue.front()) {
+            // Zero is no packet id, and one is the subscription's.
+            self.packet_id = self.packet_id.wrapping_add(1).max(SUBSCRIPTION + 1);
+            let mut publish = Publish::new(&publication.topic, QoS::AtLeastOnce, publication.payload.clone());
+            publish.pkid = self.packet_id;
+            requests.send(Packet::Publish(publish));
         }
     }
 }
@@ -286,7 +305,7 @@ async fn stay_connected(
 ) {
     let mut retry = FIRST_RETRY;
     loop {
-        let error = session(&settings, &outbox, &online, &deliveries).await;
+        let Err(error) = session(&settings, &outbox, &online, &deliveries).await;
         let away = outbox.disconnected();
         if online.send_replace(false) {
             retry = FIRST_RETRY;
@@ -304,74 +323,67 @@ async fn stay_connected(
     }
 }
 
-/// One connection from handshake to loss. A new client for each: what was not acknowledged is in the outbox.
+/// One connection from handshake to loss. What was not acknowledged is in the outbox.
 async fn session(
     settings: &ConnectionSettings,
     outbox: &Outbox,
     online: &watch::Sender<bool>,
     deliveries: &mpsc::UnboundedSender<Delivery>,
-) -> String {
+) -> Result<Infallible, String> {
     // The semaphore is never closed.
     let mut handshake = settings.handshakes.acquire().await.ok();
-    let (client, mut events) = AsyncClient::new(options(settings), REQUESTS);
-    // It holds the packets of one read. Room for a hundred, which it has at first, is 14 KiB for each of ten thousand devices.
-    events.state.events = VecDeque::new();
-    // An answer follows an acknowledgement at once, and must not wait for the broker's acknowledgement of that: 40 ms.
-    events.network_options.set_tcp_nodelay(true);
+    let mut wire = Wire::open(settings, KEEP_ALIVE).await?;
+    let (sender, mut requests) = mpsc::unbounded_channel();
+    let sender = Requests(sender);
+    sender.send(subscription(settings));
+    let mut keep_alive = interval_at(Instant::now() + KEEP_ALIVE, KEEP_ALIVE);
+    // The broker has as long for its answer after a pause of this process as ever.
+    keep_alive.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut is_alive = true;
     loop {
-        let packet = match poll(&mut events).await {
-            Ok(packet) => packet,
-            Err(error) => return error,
+        let packet = select! {
+            packet = wire.read() => packet?,
+            Some(packet) = requests.recv() => {
+                wire.write(&packet).await?;
+                if matches!(*packet, Packet::Disconnect) {
+                    return Err("the device has closed the connection".into());
+                }
+                continue;
+            }
+            _ = keep_alive.tick() => {
+                if !std::mem::replace(&mut is_alive, false) {
+                    return Err("the broker does not answer any more".into());
+                }
+                wire.write(&Packet::PingReq).await?;
+                continue;
+            }
         };
         match packet {
-            Packet::ConnAck(_) => {
-                let filters = settings.filters.iter().cloned();
-                let subscriptions = filters.map(|filter| SubscribeFilter::new(filter, QoS::AtLeastOnce));
-                if let Err(error) = client.try_subscribe_many(subscriptions) {
-                    return error.to_string();
-                }
-            }
             Packet::SubAck(answer) => {
                 let mut answers = settings.filters.iter().zip(&answer.return_codes);
                 if let Some((filter, _)) = answers.find(|(_, code)| **code == SubscribeReasonCode::Failure) {
-                    return format!("the broker refused the subscription to {filter}");
+                    return Err(format!("the broker refused the subscription to {filter}"));
                 }
                 drop(handshake.take());
-                outbox.connected(&client);
+                outbox.connected(&sender);
                 online.send_replace(true);
             }
             Packet::Publish(publish) => {
                 // The device has gone when nobody receives; then this task ends with it.
-                let _ = deliveries.send(Delivery { publish, client: client.clone() });
+                let _ = deliveries.send(Delivery { publish: Box::new(publish), requests: sender.clone() });
             }
-            Packet::PubAck(_) => outbox.acknowledged(),
+            Packet::PubAck(ack) => outbox.acknowledged_by(ack.pkid),
+            Packet::PingResp => is_alive = true,
             _ => {}
         }
     }
 }
 
-fn options(settings: &ConnectionSettings) -> MqttOptions {
-    let mut options = MqttOptions::new(&settings.client_id, &settings.endpoint.host, settings.endpoint.port);
-    options
-        .set_transport(Transport::tls_with_config(TlsConfiguration::Rustls(Arc::clone(&settings.tls))))
-        .set_keep_alive(KEEP_ALIVE)
-        .set_clean_session(settings.clean_session)
-        .set_manual_acks(true)
-        .set_inflight(IN_FLIGHT)
-        .set_max_packet_size(PACKET_BYTES, PACKET_BYTES);
-    options
-}
-
-/// The next packet from the broker.
-async fn poll(events: &mut EventLoop) -> Result<Packet, String> {
-    loop {
-        match events.poll().await {
-            Ok(Event::Incoming(packet)) => return Ok(packet),
-            Ok(Event::Outgoing(Outgoing::Disconnect)) => return Err("the device has closed the connection".into()),
-            Ok(Event::Outgoing(_)) => {}
-            Err(error) => return Err(error.to_string()),
-        }
-    }
+fn subscription(settings: &ConnectionSettings) -> Packet {
+    let filters = settings.filters.iter().cloned();
+    let mut subscribe = Subscribe::new_many(filters.map(|filter| SubscribeFilter::new(filter, QoS::AtLeastOnce)));
+    subscribe.pkid = SUBSCRIPTION;
+    Packet::Subscribe(subscribe)
 }
 
 #[cfg(test)]
