@@ -96,3 +96,15 @@ fn certify(
     fs::write(certificate, params.signed_by(&key, authority)?.pem())?;
     Ok(fs::write(key_file, key.serialize_pem())?)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_is_found_by_its_name() {
+        assert_eq!(thing(9_999), "sim-10000");
+        assert_eq!([0, 9_999].map(|device| index(&thing(device))), [Some(0), Some(9_999)]);
+        assert_eq!(["sim-0", "sim-", "other"].map(index), [None; 3]);
+    }
+}

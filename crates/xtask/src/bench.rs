@@ -1,7 +1,11 @@
 //! `cargo xtask bench`: figures that anyone can measure again. Each benchmark prints a table, writes it as JSON to
 //! `target/bench/`, and replaces its section of `docs/benchmarks.md`.
 
+mod fleet;
 mod lambda;
+mod simulator;
+mod stack;
+mod storm;
 
 use std::fs;
 use std::process::Command;
@@ -31,12 +35,21 @@ pub(crate) struct BenchOptions {
 enum Benchmark {
     /// Start and invocation of each Lambda function's binary, its memory and its size.
     Lambda,
+    /// Memory of the simulator for each device, time to connect and messages a second, with up to 10,000 devices.
+    Simulator,
+    /// Upgrades a second and their latency with 50, 200 and 1,000 devices in one job.
+    Fleet,
+    /// Connect events of 5,000 devices within ten seconds: what is started, twice or never, and after how long.
+    Storm,
 }
 
 impl Benchmark {
     fn name(self) -> &'static str {
         match self {
             Self::Lambda => "lambda",
+            Self::Simulator => "simulator",
+            Self::Fleet => "fleet",
+            Self::Storm => "storm",
         }
     }
 }
@@ -67,6 +80,9 @@ pub(crate) fn bench(project: &Project, options: &BenchOptions) -> Result<()> {
     for benchmark in names {
         let findings = match benchmark {
             Benchmark::Lambda => lambda::measure(project)?,
+            Benchmark::Simulator => simulator::measure(project)?,
+            Benchmark::Fleet => fleet::measure(project)?,
+            Benchmark::Storm => storm::measure(project)?,
         };
         println!("\n{}\n\n{}", findings.about, findings.text());
         let setting = Setting::now(project);
