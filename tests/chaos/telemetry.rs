@@ -321,14 +321,7 @@ pub(crate) struct Telemetry {
 impl Telemetry {
     pub(crate) async fn connect() -> Self {
         let cloud = Cloud::connect().await;
-        let queue = cloud.sqs.create_queue().queue_name(format!("alarms-{}", uuid::Uuid::new_v4().simple()));
-        let alarms = queue.send().await.expect("a queue").queue_url.expect("its address");
-        let arn = cloud.sqs.get_queue_attributes().queue_url(&alarms);
-        let arn =
-            arn.attribute_names(aws_sdk_sqs::types::QueueAttributeName::QueueArn).send().await.expect("the queue");
-        let arn = arn.attributes.and_then(|all| all.into_values().next()).expect("its ARN");
-        let subscribe = cloud.sns.subscribe().topic_arn(cloud.output("AlarmTopicArn")).protocol("sqs").endpoint(arn);
-        subscribe.send().await.expect("subscribed");
+        let alarms = cloud.listen("AlarmTopicArn", &[]).await;
         let parameters = parameters(&cloud).await;
         let seconds = |name: &str| parameters[name].parse::<u64>().expect("seconds");
         Self {

@@ -38,6 +38,10 @@ pub fn check_depth(json: &[u8]) -> Result<(), DecodeError> {
 pub(crate) fn json<T: DeserializeOwned>(what: &str, payload: &[u8]) -> Result<T, DecodeError> {
     check_size(payload)?;
     check_depth(payload)?;
+    // Every message is an object; serde would also take its fields from an array, one after the other.
+    if payload.trim_ascii_start().starts_with(b"[") {
+        return Err(DecodeError::malformed(what, "got an array, expected an object"));
+    }
     let deserializer = &mut serde_json::Deserializer::from_slice(payload);
     let value = serde_path_to_error::deserialize(&mut *deserializer).map_err(|error| {
         let path = error.path().to_string();
@@ -67,5 +71,18 @@ mod tests {
     fn what_follows_the_json_is_not_passed_over() {
         assert_eq!(json::<u8>("number", b" 7 "), Ok(7));
         assert!(json::<u8>("number", b"7 8").is_err());
+    }
+
+    /// Found by made-up faults: a worker's `["nonsense", "…"]` was taken for an answer with these two as its first fields.
+    #[test]
+    fn an_array_is_no_message() {
+        #[derive(Debug, PartialEq, serde::Deserialize)]
+        struct Message {
+            text: String,
+        }
+        let text = "a".to_owned();
+        assert_eq!(json("message", br#" {"text": "a"}"#), Ok(Message { text }));
+        let error = json::<Message>("message", br#" ["a"]"#).expect_err("an array");
+        assert!(error.to_string().contains("expected an object"), "{error}");
     }
 }
