@@ -15,30 +15,30 @@ mod telemetry;
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs the local cloud: cargo xtask test"]
-async fn firmware_upgrades_survive() {
+async fn firmware_upgrades_under_faults() {
     harness::prove(firmware::FirmwareUpgrade::connect().await).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs the local cloud: cargo xtask test"]
-async fn configuration_pushes_survive() {
+async fn configuration_pushes_under_faults() {
     harness::prove(config_push::ConfigPush::connect().await).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs the local cloud: cargo xtask test"]
-async fn recoveries_survive() {
+async fn recoveries_under_faults() {
     harness::prove(recovery::Recovery::connect().await).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs the local cloud: cargo xtask test"]
-async fn jobs_on_premises_survive() {
+async fn jobs_on_premises_under_faults() {
     harness::prove(on_premises::OnPremises::connect().await).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs the local cloud: cargo xtask test"]
-async fn telemetry_survives() {
+async fn telemetry_under_faults() {
     harness::prove(telemetry::Telemetry::connect().await).await;
 }

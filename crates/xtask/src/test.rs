@@ -37,6 +37,9 @@ const TEST_PARAMETERS: &[(&str, &str)] = &[
     ("RemediationEffectSeconds", "3"),
 ];
 
+/// A slice of made-up faults mostly waits: all workflows at the same time.
+const ALL_WORKFLOWS: &str = "5";
+
 /// What `test` takes.
 #[derive(Args)]
 pub(crate) struct TestOptions {
@@ -144,11 +147,13 @@ fn definitions(project: &Project, passed: &mut Passed) -> Result<()> {
 fn end_to_end(project: &Project, options: &TestOptions, passed: &mut Passed) -> Result<()> {
     let (cloud, settings_api) = test_cloud(project, TEST_PARAMETERS, passed)?;
     // The same targets as in the step before: with others, features would unify otherwise and the SDK compile twice.
-    let mut tests = cargo(project, &["test", "--workspace", "--tests", "--", "--ignored"]);
+    let mut tests = cargo(project, &["test", "--workspace", "--tests", "--", "--ignored", "--skip", chaos::NAMES]);
     tests.args(&options.filter).envs(cloud.environment()).envs(settings_api.environment());
     tests.env("FLEETFLOW_STEP_TIMEOUT_SECONDS", STEP_TIMEOUT_SECONDS);
     tests.envs(options.seed.map(|seed| ("FLEETFLOW_SEED", seed.to_string())));
     passed.command(project, "End-to-end tests", tests)?;
+    let slice = chaos::tests(project, options, &cloud, &settings_api, ALL_WORKFLOWS);
+    passed.command(project, "Made-up faults", slice)?;
     stop(cloud, passed)
 }
 

@@ -2,13 +2,16 @@
 
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 
 use anyhow::{Context, Result};
 use serde::Deserialize;
 
 use super::{Passed, TestOptions, cargo, stop, test_cloud};
+use crate::cloud::Cloud;
 use crate::console;
 use crate::project::Project;
+use crate::settings_api::SettingsApi;
 
 /// Template parameters of the long run. Deadlines leave room for a message that is delivered again a few times, since so many
 /// cases at the same time kill the functions that handle each other's messages.
@@ -27,6 +30,10 @@ const PARAMETERS: &[(&str, &str)] = &[
     ("TemperatureCoolDownSeconds", "4"),
     ("RemediationEffectSeconds", "3"),
 ];
+/// What the names of these tests, and of no others, have in them.
+pub(super) const NAMES: &str = "_under_faults";
+/// How many workflows of the long run are tried at the same time.
+const AT_ONCE: &str = "3";
 const REPORTS: &str = "target/chaos";
 const COLUMNS: [&str; 9] =
     ["workflow", "cases", "with disturbed calls", "survived", "stuck", "wrong", "lost", "seconds", "seed"];
@@ -52,16 +59,28 @@ pub(super) fn chaos(project: &Project, options: &TestOptions, cases: u32, passed
         fs::remove_dir_all(&reports).with_context(|| format!("{} cannot be emptied", reports.display()))?;
     }
     let (cloud, settings_api) = test_cloud(project, PARAMETERS, passed)?;
-    let mut tests = cargo(project, &["test", "--workspace", "--test", "chaos", "--no-fail-fast", "--"]);
-    tests.args(["--ignored", "--nocapture", "--test-threads", "3"]).args(&options.filter);
-    tests.envs(cloud.environment()).envs(settings_api.environment());
+    let mut tests = tests(project, options, &cloud, &settings_api, AT_ONCE);
     tests.env("FLEETFLOW_CHAOS_CASES", cases.to_string()).env("FLEETFLOW_CHAOS_REPORTS", &reports);
     tests.envs(options.case.map(|case| ("FLEETFLOW_CHAOS_CASE", case.to_string())));
-    tests.envs(options.seed.map(|seed| ("FLEETFLOW_SEED", seed.to_string())));
     let outcome = passed.command(project, "Made-up faults", tests);
     println!("\n{}\n", console::table(&COLUMNS.map(String::from), &rows(&reports)?));
     outcome?;
     stop(cloud, passed)
+}
+
+/// The command that tries workflows, so many at the same time.
+pub(super) fn tests(
+    project: &Project,
+    options: &TestOptions,
+    cloud: &Cloud,
+    settings_api: &SettingsApi,
+    at_once: &str,
+) -> Command {
+    let mut tests = cargo(project, &["test", "--workspace", "--test", "chaos", "--no-fail-fast", "--"]);
+    tests.args(["--ignored", "--nocapture", "--test-threads", at_once]).args(&options.filter);
+    tests.envs(cloud.environment()).envs(settings_api.environment());
+    tests.envs(options.seed.map(|seed| ("FLEETFLOW_SEED", seed.to_string())));
+    tests
 }
 
 fn rows(reports: &Path) -> Result<Vec<Vec<String>>> {
