@@ -474,7 +474,7 @@ impl Stack {
             .collect();
         // Groups have another id there.
         for (group, output) in [("DeviceGroup", "ThingGroupName"), ("FailedGroup", "FailedThingGroupName")] {
-            resources.get_mut(group).expect("a group").1 = cloud.output(output).to_owned();
+            cloud.output(output).clone_into(&mut resources.get_mut(group).expect("a group").1);
         }
         Self(resources)
     }
