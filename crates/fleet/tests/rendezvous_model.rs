@@ -225,5 +225,5 @@ fn tell(answers: usize, states: usize) {
         "model: rendezvous, {answers} answers to {ATTEMPTS} attempts: {states} states, every order with up to {CRASHES} crashes, \
          {REPEATED_DELIVERIES} redeliveries and {TIME_OUTS} time-out: no task waits for ever, none ends twice\n"
     );
-    std::io::stderr().write_all(line.as_bytes()).unwrap();
+    std::io::stderr().write_all(line.as_bytes()).expect("standard error");
 }
