@@ -121,20 +121,15 @@ impl Bench {
 
     /// Gives a message to every function behind a queue; returns what they said.
     fn deliver(&self, body: &str) -> Vec<Result<(), ErrorName>> {
-        self.run(&QUEUED, body, |name| self.runtime.block_on(self.functions.deliver(name, body)))
+        Self::run(&QUEUED, body, |name| self.runtime.block_on(self.functions.deliver(name, body)))
     }
 
     /// Invokes every other function with a payload.
     fn invoke(&self, payload: &str) -> Vec<Result<(), ErrorName>> {
-        self.run(&INVOKED, payload, |name| self.runtime.block_on(self.functions.invoke(name, payload)))
+        Self::run(&INVOKED, payload, |name| self.runtime.block_on(self.functions.invoke(name, payload)))
     }
 
-    fn run(
-        &self,
-        names: &[&str],
-        input: &str,
-        call: impl Fn(&str) -> Result<(), fleet::Error>,
-    ) -> Vec<Result<(), ErrorName>> {
+    fn run(names: &[&str], input: &str, call: impl Fn(&str) -> Result<(), fleet::Error>) -> Vec<Result<(), ErrorName>> {
         let called = names.iter().map(|name| within_memory(name, input.len(), || call(name)));
         called
             .map(|result| {
