@@ -227,6 +227,17 @@ fn the_memory_that_an_input_needs_is_bounded_by_its_size() {
     }
 }
 
+#[test]
+fn a_reading_received_at_the_end_of_the_numbers_is_out_of_range() {
+    let (topic, reading) = MESSAGES.iter().find(|(topic, _)| topic.contains("building")).unwrap();
+    let mut body: serde_json::Value = serde_json::from_str(&envelope(topic, reading)).unwrap();
+    let place = QUEUED.iter().position(|name| *name == "ingest-telemetry").unwrap();
+    for received_at in [i64::MIN, i64::MAX] {
+        body["receivedAt"] = received_at.into();
+        assert_eq!(deliver(body.to_string().as_bytes())[place], Err(ErrorName::ReadingOutOfRange));
+    }
+}
+
 proptest! {
     #[test]
     fn no_text_makes_a_function_panic(text in ".{0,128}") {

@@ -222,8 +222,8 @@ fn no_interleaving_loses_a_wake_up() {
 /// Writes past the test harness, which keeps what a test that passes prints.
 fn tell(answers: usize, states: usize) {
     let line = format!(
-        "model: rendezvous, {answers} answers to {ATTEMPTS} attempts: {states} states, every order with up to {CRASHES} crashes, \
-         {REPEATED_DELIVERIES} redeliveries and {TIME_OUTS} time-out: no task waits for ever, none ends twice\n"
+        "model: rendezvous, answers {answers}, attempts {ATTEMPTS}: {states} states, every order, crashes up to {CRASHES}, redeliveries \
+         up to {REPEATED_DELIVERIES}, time-outs up to {TIME_OUTS}: no task waits for ever, none ends twice\n"
     );
     std::io::stderr().write_all(line.as_bytes()).expect("standard error");
 }

@@ -13,8 +13,8 @@ use protocol::recovery::UpdateReport;
 use protocol::settings::{SettingCommand, SettingResponse};
 use protocol::telemetry::{Reading, Remediation};
 use protocol::{
-    Command, DecodeError, DeviceFailure, Firmware, MAX_JSON_DEPTH, MAX_PAYLOAD_BYTES, ProtocolName, ReplyTo, Response,
-    Step, StepOutcome, ThingName,
+    Command, DecodeError, DeviceFailure, Firmware, MAX_JSON_DEPTH, MAX_PAYLOAD_BYTES, PresenceEvent, PresenceKind,
+    ProtocolName, ReplyTo, Response, Step, StepOutcome, ThingName,
 };
 use std::sync::LazyLock;
 
@@ -192,6 +192,19 @@ fn usp_of_many_pieces() -> Vec<Vec<u8>> {
         messages.push(field(7, &field(2, &message)));
     }
     messages
+}
+
+#[test]
+fn a_time_at_the_end_of_the_numbers_is_only_an_old_or_a_new_one() {
+    let event = |timestamp, version_number: i64| PresenceEvent {
+        client_id: "gateway-1".into(),
+        timestamp,
+        event_type: PresenceKind::Connected,
+        session_identifier: version_number.to_string(),
+        version_number,
+    };
+    assert!(!event(i64::MIN, 0).supersedes(&event(2000, 5).presence()));
+    assert!(event(i64::MAX, 0).supersedes(&event(-2000, 5).presence()));
 }
 
 proptest! {

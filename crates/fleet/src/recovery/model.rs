@@ -215,8 +215,8 @@ fn check(failures: i64, works: &[Work], bounds: Bounds) -> usize {
 fn tell(what: &str, bounds: Bounds, states: usize) {
     let Bounds { repeats, edits } = bounds;
     let line = format!(
-        "model: recovery, {what}: {states} states, every order with up to {repeats} crashes or redeliveries and {edits} edit by \
-         an operator: no attribute lost, no device left hidden\n"
+        "model: recovery, {what}: {states} states, every order, crashes or redeliveries up to {repeats}, edits by an operator up to \
+         {edits}: no attribute lost, no device left hidden\n"
     );
     std::io::stderr().write_all(line.as_bytes()).unwrap();
 }
