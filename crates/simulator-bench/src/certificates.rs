@@ -39,7 +39,7 @@ impl Folder {
         let authority = CertifiedIssuer::self_signed(params, KeyPair::generate()?)?;
         fs::write(folder.ca(), authority.pem())?;
         let [certificate, key] = folder.broker();
-        certify(&authority, CertificateParams::new([HOST.to_owned()])?, &certificate, &key)?;
+        certify(&authority, &CertificateParams::new([HOST.to_owned()])?, &certificate, &key)?;
         for device in 0..devices {
             folder.write_device(&authority, device)?;
         }
@@ -56,7 +56,7 @@ impl Folder {
         fs::write(folder.join("device.json"), identity.to_string())?;
         let mut params = CertificateParams::default();
         params.distinguished_name.push(DnType::CommonName, thing);
-        certify(authority, params, &folder.join("certificate.pem"), &folder.join("private.key"))
+        certify(authority, &params, &folder.join("certificate.pem"), &folder.join("private.key"))
     }
 
     /// The authority's certificate.
@@ -87,7 +87,7 @@ impl Folder {
 
 fn certify(
     authority: &CertifiedIssuer<'_, KeyPair>,
-    params: CertificateParams,
+    params: &CertificateParams,
     certificate: &Path,
     key_file: &Path,
 ) -> Result<()> {

@@ -23,7 +23,7 @@ const COMMANDS: usize = 20;
 /// Of so many devices the broker learns the topics together.
 const TOPICS_AT_ONCE: usize = 50;
 /// Devices that hear nothing for so long are not all there.
-const SILENCE: Duration = Duration::from_secs(60);
+const SILENCE: Duration = Duration::from_mins(1);
 /// After it nothing of the handshakes is under way any more.
 const REST: Duration = Duration::from_secs(2);
 
