@@ -7,6 +7,7 @@ import dynamic_thing_groups
 import enforcement
 import event_source_batches
 import job_retries
+import metering
 import ministack.services.lambda_svc as lambda_svc
 import schedule_times
 import thing_versions
@@ -28,6 +29,7 @@ dynamic_thing_groups.install()
 enforcement.install()
 event_source_batches.install()
 job_retries.install()
+metering.install()
 schedule_times.install()
 thing_versions.install()
 

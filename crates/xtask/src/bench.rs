@@ -1,6 +1,7 @@
 //! `cargo xtask bench`: figures that anyone can measure again. Each benchmark prints a table, writes it as JSON to
 //! `target/bench/`, and replaces its section of `docs/benchmarks.md`.
 
+mod cost;
 mod fleet;
 mod lambda;
 mod simulator;
@@ -35,6 +36,8 @@ pub(crate) struct BenchOptions {
 enum Benchmark {
     /// Start and invocation of each Lambda function's binary, its memory and its size.
     Lambda,
+    /// What each workflow takes of AWS for a device, and what that costs; `forecast` reads it from docs/counts.toml.
+    Cost,
     /// Memory of the simulator for each device, time to connect and messages a second, with up to 10,000 devices.
     Simulator,
     /// Upgrades a second and their latency with 50, 200 and 1,000 devices in one job.
@@ -47,6 +50,7 @@ impl Benchmark {
     fn name(self) -> &'static str {
         match self {
             Self::Lambda => "lambda",
+            Self::Cost => "cost",
             Self::Simulator => "simulator",
             Self::Fleet => "fleet",
             Self::Storm => "storm",
@@ -80,6 +84,7 @@ pub(crate) fn bench(project: &Project, options: &BenchOptions) -> Result<()> {
     for benchmark in names {
         let findings = match benchmark {
             Benchmark::Lambda => lambda::measure(project)?,
+            Benchmark::Cost => cost::measure(project)?,
             Benchmark::Simulator => simulator::measure(project)?,
             Benchmark::Fleet => fleet::measure(project)?,
             Benchmark::Storm => storm::measure(project)?,

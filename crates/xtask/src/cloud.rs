@@ -340,7 +340,9 @@ fn ministack(project: &Project, venvs: &Venvs, run: &Run, ports: &Ports) -> Comm
         .env("MINISTACK_WORKER_THREADS", "256")
         .env("TMPDIR", run.file("tmp"))
         .env("STATE_DIR", run.file("tmp/state"))
-        .env("S3_DATA_DIR", run.file("tmp/s3"));
+        .env("S3_DATA_DIR", run.file("tmp/s3"))
+        // Who counts calls counts what AWS meters besides: messages, rules, queues and invocations.
+        .envs(ports.proxies.map(|_| ("METERING", run.log("metering"))));
     command
 }
 

@@ -3,8 +3,10 @@
 mod bench;
 mod cloud;
 mod console;
+mod costs;
 mod demo;
 mod deploy;
+mod forecast;
 mod process;
 mod program;
 mod project;
@@ -41,6 +43,8 @@ enum Command {
     Demo(demo::DemoOptions),
     /// Measure: figures on the terminal, as JSON in target/bench/, and in docs/benchmarks.md.
     Bench(bench::BenchOptions),
+    /// Tell what a workflow for many devices will cost, how long it takes, and which quota of AWS binds first.
+    Forecast(forecast::ForecastOptions),
     /// Check and test everything: format, lints, definitions, unit tests, end-to-end tests.
     Test(test::TestOptions),
 }
@@ -52,6 +56,7 @@ fn main() -> ExitCode {
         Command::Down => run::down(&project),
         Command::Demo(options) => demo::demo(&project, &options),
         Command::Bench(options) => bench::bench(&project, &options),
+        Command::Forecast(options) => forecast::forecast(&project, &options),
         Command::Test(options) => test::test(&project, &options),
     });
     match outcome {
