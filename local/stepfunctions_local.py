@@ -1,6 +1,8 @@
 """Step Functions for the local cloud: moto's interpreter, whose tasks call the emulator on MOTO_PORT.
 
-Usage: MOTO_PORT=4566 MOTO_ACCOUNT_ID=000000000000 python stepfunctions_local.py 4567
+Usage: MOTO_PORT=4566 GATEWAY_PORT=4566 MOTO_ACCOUNT_ID=000000000000 python stepfunctions_local.py 4567
+
+GATEWAY_PORT is the emulator itself; on MOTO_PORT a proxy may be before it that counts and disturbs what state machines call.
 
 Definitions are written for AWS. What moto lacks is closed here, one gap after the other, each named where it is closed.
 """
@@ -58,6 +60,8 @@ from moto.stepfunctions.parser.models import StepFunctionsParserBackend
 from moto.stepfunctions.responses import StepFunctionResponse
 
 ENDPOINT = f"http://127.0.0.1:{os.environ['MOTO_PORT']}"
+# What is asked here is no call to AWS, and not for a proxy to count.
+POLICIES_ENDPOINT = f"http://127.0.0.1:{os.environ['GATEWAY_PORT']}"
 PARALLEL_CALLS = 400
 
 
@@ -373,7 +377,7 @@ def check_policies(response):
     arn = state_machine_of(response)
     if arn:
         headers = {**response.headers, "x-local-state-machine": arn}
-        answer = _emulator.request("POST", ENDPOINT, body=response.body, headers=headers, retries=False)
+        answer = _emulator.request("POST", POLICIES_ENDPOINT, body=response.body, headers=headers, retries=False)
         if answer.status != 200:
             raise AWSError(answer.json()["message"], answer.json()["__type"], answer.status)
 

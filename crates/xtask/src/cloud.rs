@@ -311,6 +311,7 @@ fn start_processes(
         .arg(ports.stepfunctions.to_string())
         .envs(credentials())
         .env("MOTO_PORT", called[0].to_string())
+        .env("GATEWAY_PORT", ports.gateway.to_string())
         .env("MOTO_ACCOUNT_ID", ACCOUNT)
         .env("TMPDIR", run.file("tmp"));
     let stepfunctions = project.processes.spawn("Step Functions", Kind::Service, &mut command, Some(&log))?;

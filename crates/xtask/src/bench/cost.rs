@@ -84,7 +84,8 @@ fn findings(counts: &Counts, prices: &Prices) -> Result<Findings> {
 }
 
 fn row(name: &str, path: &Path, prices: &Prices) -> Result<Vec<String>> {
-    let amount = |items: &[&str]| items.iter().filter_map(|item| path.amounts.get(*item)).sum::<f64>();
+    // An empty sum is -0.
+    let amount = |items: &[&str]| 0.0 + items.iter().filter_map(|item| path.amounts.get(*item)).sum::<f64>();
     let number =
         |items: &[&str]| format!("{:.2}", amount(items)).trim_end_matches('0').trim_end_matches('.').to_owned();
     let [with, without] = prices.totals(&scaled(&path.amounts, MILLION))?;

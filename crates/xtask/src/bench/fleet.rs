@@ -57,8 +57,7 @@ pub(super) fn measure(project: &Project) -> Result<Findings> {
             "Firmware upgrades of simulated devices (half JSON, half USP, mutual TLS, images of {} KiB, no time for the work of a \
              real device) by one job for all, on the local cloud, which runs on the same machine as the devices do: an emulator's \
              speed, not that of AWS. Times from the creation of the job to the end of a device's workflow. Growth: the time of \
-             all upgrades goes with the number of devices to the power of {growth:.2}; it is the local Step Functions that looks for \
-             each task token in all running executions. Look-up: the time of handle-device-response \
+             all upgrades goes with the number of devices to the power of {growth:.2}. Look-up: the time of handle-device-response \
              for a reply that has come before (of 100 in an invocation, median of 20), when the whole job is in the rendezvous \
              table.",
             IMAGE_BYTES / 1024
