@@ -62,6 +62,10 @@ pub fn decode<I: DeserializeOwned>(payload: &str, max_bytes: usize) -> Result<I,
     let invalid = |why: String| Error::new(ErrorName::InvalidInput, format!("payload: {why}"));
     protocol::check_depth(payload.as_bytes()).map_err(|error| invalid(error.to_string()))?;
     let value: Value = serde_json::from_str(payload).map_err(|error| invalid(error.to_string()))?;
+    // Its elements would be taken for fields, one after the other.
+    if value.is_array() {
+        return Err(invalid("got an array, expected an object".to_owned()));
+    }
     serde_path_to_error::deserialize(value).map_err(|error| {
         let path = error.path().to_string();
         let field = if path == "." { "payload".to_owned() } else { path };
@@ -171,6 +175,7 @@ mod tests {
             (r#"{"size": 1, "colour": 2}"#, "colour: unknown field `colour`, expected `size`"),
             ("{}", "payload: missing field `size`"),
             (r#"{"size": 1, "colour": "long"}"#, "payload: got 29 bytes, expected at most 25"),
+            ("[1]", "payload: got an array, expected an object"),
             (&deep[..20], "payload: EOF while parsing a list at line 1 column 20"),
         ] {
             let error = decode::<Input>(payload, 25).unwrap_err();

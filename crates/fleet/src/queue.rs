@@ -93,6 +93,7 @@ pub fn json<T: DeserializeOwned>(what: &str, bytes: &[u8]) -> Result<T, Error> {
         return Err(Error::new(ErrorName::MessageTooLarge, message));
     }
     protocol::check_depth(bytes)?;
+    protocol::check_object(what, bytes)?;
     serde_json::from_slice(bytes).map_err(|error| Error::new(ErrorName::MalformedMessage, format!("{what}: {error}")))
 }
 
@@ -168,6 +169,13 @@ mod tests {
         let all = "\u{0}\u{1}\t\n\r ä\u{d7ff}\u{e000}\u{fffd}\u{fffe}\u{ffff}\u{10000}\u{10ffff}";
         let allowed: String = all.chars().filter(|c| is_allowed(*c)).collect();
         assert_eq!(allowed, "\t\n\r ä\u{d7ff}\u{e000}\u{fffd}\u{10000}\u{10ffff}");
+    }
+
+    #[test]
+    fn an_array_is_no_message() {
+        let error = MqttMessage::parse(r#" ["topic", "e30=", null]"#).expect_err("an array");
+        assert_eq!(error.name, ErrorName::MalformedMessage);
+        assert!(error.message.contains("queue message") && error.message.contains("expected an object"), "{error}");
     }
 
     #[test]

@@ -25,7 +25,7 @@ pub use ids::{
     Building, HandlerName, InvalidId, JobId, OperationId, ReadingId, SensorId, SettingName, Tenant, ThingName,
     WorkerName,
 };
-pub use limits::{MAX_JSON_DEPTH, MAX_PAYLOAD_BYTES, check_depth};
+pub use limits::{MAX_JSON_DEPTH, MAX_PAYLOAD_BYTES, check_depth, check_object};
 pub use operation::{Command, DeviceEvent, DeviceFailure, Firmware, Report, Response, Step, StepOutcome};
 pub use presence::{Presence, PresenceEvent, PresenceKind};
 

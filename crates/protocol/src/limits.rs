@@ -34,14 +34,18 @@ pub fn check_depth(json: &[u8]) -> Result<(), DecodeError> {
     Ok(())
 }
 
+/// Fails if JSON is an array, whose elements serde would take for an object's fields, one after the other; `what` is named in the
+/// error.
+pub fn check_object(what: &str, json: &[u8]) -> Result<(), DecodeError> {
+    let is_array = json.trim_ascii_start().starts_with(b"[");
+    if is_array { Err(DecodeError::malformed(what, "got an array, expected an object")) } else { Ok(()) }
+}
+
 /// Reads a JSON payload within the limits; `what` is named in the error, and the field at which it went wrong.
 pub(crate) fn json<T: DeserializeOwned>(what: &str, payload: &[u8]) -> Result<T, DecodeError> {
     check_size(payload)?;
     check_depth(payload)?;
-    // Every message is an object; serde would also take its fields from an array, one after the other.
-    if payload.trim_ascii_start().starts_with(b"[") {
-        return Err(DecodeError::malformed(what, "got an array, expected an object"));
-    }
+    check_object(what, payload)?;
     let deserializer = &mut serde_json::Deserializer::from_slice(payload);
     let value = serde_path_to_error::deserialize(&mut *deserializer).map_err(|error| {
         let path = error.path().to_string();

@@ -152,12 +152,21 @@ impl Schema {
 }
 
 #[cfg(test)]
+#[path = "../../../protocol/tests/damage/mod.rs"]
+mod damage;
+
+#[cfg(test)]
 mod tests {
+    use super::super::settings_api::{Refusal, read};
+    use super::damage::{damaged, damages, within_memory};
     use super::*;
     use aws_sdk_dynamodb::operation::update_item::UpdateItemOutput;
     use aws_sdk_dynamodb::types::AttributeValue;
     use aws_smithy_mocks::{mock, mock_client};
+    use proptest::prelude::*;
+    use proptest::sample::Index;
     use serde_json::json;
+    use ureq::{Body, http};
 
     fn settings(value: Value) -> Settings {
         serde_json::from_value(value).unwrap()
@@ -238,5 +247,29 @@ mod tests {
         );
         let confirmed = settings(json!({"SET_TEMP": 21.5, "SET_MODE": "ECO", "SET_CHILD_LOCK": true}));
         assert_eq!(changed(&wanted, &confirmed), Settings::new());
+    }
+
+    /// What a hostile answer of the settings API ends as; none if it is good, or asked for again.
+    fn outcome(schema: &Schema, status: u16, body: Vec<u8>) -> Option<Error> {
+        let answer = http::Response::builder().status(status).body(Body::builder().data(body)).unwrap();
+        match read(answer, "user-1") {
+            Ok(settings) => schema.check("user-1", settings).err(),
+            Err(Refusal::Final(error)) => Some(error),
+            Err(Refusal::Key(_) | Refusal::Transient(..)) => None,
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_answer_of_the_settings_api_makes_the_function_panic(
+            status in prop_oneof![3 => Just(200), 1 => 100_u16..1000], which in any::<Index>(), damages in damages()
+        ) {
+            let answers = [r#"{"settings":{"SET_TEMP":21.5,"SET_MODE":"ECO"}}"#, r#"{"settings":{"SET_ROOM_NAME":"Bad"}}"#];
+            let body = damaged(&answers.map(|answer| answer.as_bytes().to_vec()), which, &damages);
+            let schema = Schema::new().unwrap();
+            let error = within_memory("the settings API's answer", body.len(), || outcome(&schema, status, body));
+            let known = [ErrorName::InvalidSettings, ErrorName::ProfileNotFound, ErrorName::SettingsApiRefused];
+            prop_assert!(error.is_none_or(|error| known.contains(&error.name) && error.message.len() < 10_000));
+        }
     }
 }

@@ -42,7 +42,7 @@ struct Profile {
 }
 
 /// Why a request brought no profile.
-enum Refusal {
+pub(super) enum Refusal {
     /// The key is no good, or not any more.
     Key(StatusCode),
     /// Trying again is no use.
@@ -108,7 +108,8 @@ impl SettingsApi {
     }
 }
 
-fn read(mut response: Response<ureq::Body>, external_id: &str) -> Result<Value, Refusal> {
+/// The settings in an answer about a profile.
+pub(super) fn read(mut response: Response<ureq::Body>, external_id: &str) -> Result<Value, Refusal> {
     let status = response.status();
     let refuse = |name, message| Err(Refusal::Final(Error::new(name, message)));
     match status {
