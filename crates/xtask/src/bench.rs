@@ -4,8 +4,10 @@
 mod cost;
 mod fleet;
 mod lambda;
+mod runtime_api;
 mod simulator;
 mod stack;
+mod start;
 mod storm;
 
 use std::fs;
@@ -36,6 +38,8 @@ pub(crate) struct BenchOptions {
 enum Benchmark {
     /// Start and invocation of each Lambda function's binary, its memory and its size.
     Lambda,
+    /// What a function's start costs, as it is and built or run otherwise. Builds it three times.
+    Start,
     /// What each workflow takes of AWS for a device, and what that costs; `forecast` reads it from docs/counts.toml.
     Cost,
     /// Memory of the simulator for each device, time to connect and messages a second, with up to 10,000 devices.
@@ -50,6 +54,7 @@ impl Benchmark {
     fn name(self) -> &'static str {
         match self {
             Self::Lambda => "lambda",
+            Self::Start => "start",
             Self::Cost => "cost",
             Self::Simulator => "simulator",
             Self::Fleet => "fleet",
@@ -84,6 +89,7 @@ pub(crate) fn bench(project: &Project, options: &BenchOptions) -> Result<()> {
     for benchmark in names {
         let findings = match benchmark {
             Benchmark::Lambda => lambda::measure(project)?,
+            Benchmark::Start => start::measure(project)?,
             Benchmark::Cost => cost::measure(project)?,
             Benchmark::Simulator => simulator::measure(project)?,
             Benchmark::Fleet => fleet::measure(project)?,

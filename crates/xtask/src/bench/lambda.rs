@@ -1,18 +1,16 @@
 //! Each function's binary behind a minimal Runtime API: from its start to its first question, its first invocation and those
-//! after it, its memory and its size (<https://docs.aws.amazon.com/lambda/latest/dg/runtimes-api.html>).
+//! after it, its memory and its size.
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use serde::Deserialize;
 use serde_json::{Value, json};
-use tiny_http::{Header, Request, Response, Server};
 
 use super::Findings;
+use super::runtime_api::{Binary, as_mebibytes, median};
 use crate::cloud::{Cloud, FixedPorts};
 use crate::deploy;
 use crate::project::{ACCOUNT, Project, REGION};
@@ -20,7 +18,6 @@ use crate::project::{ACCOUNT, Project, REGION};
 const STARTS: usize = 30;
 const FIRST_INVOCATIONS: usize = 15;
 const INVOCATIONS: usize = 500;
-const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A deployed function.
 #[derive(Deserialize)]
@@ -38,22 +35,14 @@ struct Environment {
     variables: BTreeMap<String, String>,
 }
 
-/// A function's binary, and what it is started with.
-struct Binary {
-    name: String,
-    path: PathBuf,
-    variables: BTreeMap<String, String>,
-    zipped: u64,
-}
-
 /// Deploys to a local cloud and measures every function.
 pub(super) fn measure(project: &Project) -> Result<Findings> {
     let cloud = Cloud::start(project, FixedPorts::default(), false)?;
     deploy::deploy(project, &cloud, &[])?;
     let mut rows = Vec::new();
-    for binary in binaries(project, &cloud)? {
+    for (binary, zipped) in binaries(project, &cloud)? {
         eprintln!("{}", binary.name);
-        rows.push(row(project, &binary).with_context(|| format!("{} cannot be measured", binary.name))?);
+        rows.push(row(project, &binary, zipped).with_context(|| format!("{} cannot be measured", binary.name))?);
     }
     Ok(Findings {
         about: format!(
@@ -69,7 +58,8 @@ pub(super) fn measure(project: &Project) -> Result<Findings> {
     })
 }
 
-fn binaries(project: &Project, cloud: &Cloud) -> Result<Vec<Binary>> {
+/// The binaries, and how large they are when zipped.
+fn binaries(project: &Project, cloud: &Cloud) -> Result<Vec<(Binary, u64)>> {
     let mut list = cloud.tool(project, "aws");
     list.args(["lambda", "list-functions", "--output", "json", "--query", "Functions[]"]);
     let answer =
@@ -88,15 +78,15 @@ fn binaries(project: &Project, cloud: &Cloud) -> Result<Vec<Binary>> {
             cloud.environment().into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
         variables.extend(function.environment.iter().flat_map(|environment| environment.variables.clone()));
         let path = folder.join("bootstrap");
-        binaries.push(Binary { name, path, variables, zipped: function.code_size });
+        binaries.push((Binary { name, path, variables }, function.code_size));
     }
-    binaries.sort_by(|one, other| one.name.cmp(&other.name));
+    binaries.sort_by(|(one, _), (other, _)| one.name.cmp(&other.name));
     ensure!(!binaries.is_empty(), "target/lambda holds no function of the stack");
     Ok(binaries)
 }
 
-fn row(project: &Project, binary: &Binary) -> Result<Vec<String>> {
-    let starts = (0..STARTS).map(|_| start(project, binary)).collect::<Result<Vec<_>>>()?;
+fn row(project: &Project, binary: &Binary, zipped: u64) -> Result<Vec<String>> {
+    let starts = (0..STARTS).map(|_| binary.start_time(project)).collect::<Result<Vec<_>>>()?;
     let (first, further, memory) = invoke(project, binary)?;
     let size = fs::metadata(&binary.path)?.len();
     let milliseconds = |time: Option<Duration>| {
@@ -109,118 +99,18 @@ fn row(project: &Project, binary: &Binary) -> Result<Vec<String>> {
         milliseconds(further),
         format!("{:.1} MiB", as_mebibytes(memory)),
         format!("{:.1} MiB", as_mebibytes(size)),
-        format!("{:.1} MiB", as_mebibytes(binary.zipped)),
+        format!("{:.1} MiB", as_mebibytes(zipped)),
     ])
-}
-
-#[expect(clippy::cast_precision_loss, reason = "it is shown with one decimal")]
-fn as_mebibytes(bytes: u64) -> f64 {
-    bytes as f64 / f64::from(1 << 20)
-}
-
-fn median(mut times: Vec<Duration>) -> Duration {
-    times.sort_unstable();
-    times[times.len() / 2]
-}
-
-/// A running binary; dropping it kills it.
-struct Running {
-    child: Child,
-    api: Server,
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-impl Running {
-    fn new(project: &Project, binary: &Binary) -> Result<Self> {
-        let api = Server::http("127.0.0.1:0").map_err(|error| anyhow::anyhow!("no Runtime API: {error}"))?;
-        let mut command: Command = project.command(&binary.path);
-        command
-            .envs(&binary.variables)
-            .env("AWS_LAMBDA_RUNTIME_API", api.server_addr().to_string())
-            .env("AWS_LAMBDA_FUNCTION_NAME", &binary.name)
-            .env("AWS_LAMBDA_FUNCTION_VERSION", "$LATEST")
-            .env("AWS_LAMBDA_FUNCTION_MEMORY_SIZE", "256")
-            .env("AWS_LAMBDA_LOG_FORMAT", "JSON")
-            .env("AWS_REGION", REGION)
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null());
-        Ok(Self { child: command.spawn().context("it cannot be started")?, api })
-    }
-
-    /// The next request of the binary.
-    fn request(&mut self) -> Result<Request> {
-        match self.api.recv_timeout(PATIENCE)? {
-            Some(request) => Ok(request),
-            None => match self.child.try_wait()? {
-                Some(status) => bail!("it has ended: {status}"),
-                None => bail!("it has asked for nothing within {PATIENCE:?}"),
-            },
-        }
-    }
-
-    /// Waits until the binary asks for an event.
-    fn question(&mut self) -> Result<Request> {
-        let request = self.request()?;
-        ensure!(request.url().ends_with("/invocation/next"), "it has said {}", request.url());
-        Ok(request)
-    }
-
-    /// Answers a question with an event; returns the next question, and how long the answer took.
-    fn invocation(&mut self, question: Request, event: &Value) -> Result<(Request, Duration)> {
-        let deadline = std::time::SystemTime::now() + Duration::from_mins(1);
-        let deadline = deadline.duration_since(std::time::UNIX_EPOCH).unwrap_or_default().as_millis().to_string();
-        let arn = format!("arn:aws:lambda:{REGION}:{ACCOUNT}:function:bench");
-        let mut response = Response::from_string(event.to_string());
-        for (name, value) in [
-            ("Lambda-Runtime-Aws-Request-Id", "8476a536-e9f4-11e8-9739-2dfe598c3fcd"),
-            ("Lambda-Runtime-Deadline-Ms", deadline.as_str()),
-            ("Lambda-Runtime-Invoked-Function-Arn", arn.as_str()),
-        ] {
-            let header = Header::from_bytes(name, value).map_err(|()| anyhow::anyhow!("{name} is no header"))?;
-            response.add_header(header);
-        }
-        let begin = Instant::now();
-        question.respond(response)?;
-        let answer = self.request()?;
-        let time = begin.elapsed();
-        let url = answer.url().to_owned();
-        answer.respond(Response::empty(202))?;
-        ensure!(url.ends_with("/response") || url.ends_with("/error"), "it has said {url}");
-        Ok((self.question()?, time))
-    }
-
-    /// The most memory that the binary has had, in bytes.
-    fn memory(&self) -> Result<u64> {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id()))?;
-        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("no VmHWM")?;
-        let kibibytes: u64 = line.trim().trim_end_matches(" kB").parse()?;
-        Ok(kibibytes * 1024)
-    }
-}
-
-/// From the start to the first question.
-fn start(project: &Project, binary: &Binary) -> Result<Duration> {
-    let begin = Instant::now();
-    let mut running = Running::new(project, binary)?;
-    let _question = running.question()?;
-    Ok(begin.elapsed())
 }
 
 /// The medians of first invocations and of those after them, and the memory at their end.
 fn invoke(project: &Project, binary: &Binary) -> Result<(Option<Duration>, Option<Duration>, u64)> {
-    let mut running = Running::new(project, binary)?;
+    let mut running = binary.start(project)?;
     let mut question = running.question()?;
     let Some(event) = event(&binary.name) else { return Ok((None, None, running.memory()?)) };
     let mut first = Vec::new();
     for _ in 0..FIRST_INVOCATIONS {
-        running = Running::new(project, binary)?;
+        running = binary.start(project)?;
         question = running.question()?;
         let (next, time) = running.invocation(question, &event)?;
         question = next;
