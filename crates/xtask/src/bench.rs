@@ -66,7 +66,7 @@ impl Benchmark {
 /// What a benchmark has found.
 #[derive(Serialize)]
 struct Findings {
-    /// What was measured, and how: a sentence or two.
+    /// What was measured, and how.
     about: String,
     columns: Vec<String>,
     rows: Vec<Vec<String>>,

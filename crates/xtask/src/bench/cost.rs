@@ -115,33 +115,33 @@ fn about(counts: &Counts, prices: &Prices) -> Result<String> {
     let [_, usd] = prices.totals(&scaled(&firmware.amounts, MILLION))?;
     let verdict = |is: bool| if is { "met" } else { "missed" };
     let paths = |(name, Measured { unit, happy, worst }): (&String, &Measured)| {
-        format!(
-            "{name}, for a {unit}: {} ({}); worst: {} ({})",
-            happy.about, happy.measured, worst.about, worst.measured
-        )
+        let (count, worst_count) = (happy.measured, worst.measured);
+        format!("- {name}, for a {unit}: {} ({count}); worst: {} ({worst_count})", happy.about, worst.about)
     };
     Ok(format!(
-        "What AWS would charge for, counted while each workflow ran on the local cloud and divided by the number in brackets: state \
-         transitions from the executions' histories, retries included; Lambda requests and milliseconds of each invocation, at the \
-         memory of the template, in an emulator on a shared machine, cold starts included; DynamoDB's units from its answers, which \
-         in the emulator are right for writes (each KB begun), and count each read as of 4 KB at most; messages as AWS meters them \
-         (each 5 KB of a publish, to and from devices, CONNECT, SUBSCRIBE and PUBACK of a device); rules by messages on their topics; \
-         SQS as a request for each message sent, and for each batch received and deleted; logs with about 560 bytes of Lambda's own \
-         for an invocation; X-Ray traces for one in twenty. Not counted: idle polling and alarms, {:.2} USD a month for the stack as it \
-         is, connection time, storage, custom metrics (0.30 USD a month each), the transfer of images, and what a failed workflow logs. \
-         Prices of {} of {} ({}). Targets: a firmware upgrade takes {:.1} transitions (at most {MOST_TRANSITIONS}: {}) and {usd:.2} USD a \
-         million without the Jobs fee (at most {MOST_USD}: {}), a push of settings {:.1} transitions (at most \
-         {MOST_PUSH_TRANSITIONS}: {}). {}.",
-        prices.monthly(counts)?,
-        prices.region,
-        prices.date,
-        crate::costs::PRICES,
+        "What AWS would charge for, counted while each workflow ran on the local cloud and divided by the number in brackets:\n\n\
+         {}\n\n\
+         Targets: a firmware upgrade takes {:.1} transitions (at most {MOST_TRANSITIONS}: {}) and {usd:.2} USD a million without the \
+         Jobs fee (at most {MOST_USD}: {}), a push of settings {:.1} transitions (at most {MOST_PUSH_TRANSITIONS}: {}). Prices of {} \
+         of {} ({}).\n\n\
+         State transitions are those of the executions' histories, retries included. Lambda: the milliseconds of each invocation, at \
+         the memory of the template, in an emulator on a shared machine, cold starts included. DynamoDB's units come from its \
+         answers, which in the emulator are right for writes (each KB begun), and count each read as of 4 KB at most. Messages are \
+         metered as AWS does it (each 5 KB of a publish, to and from devices; CONNECT, SUBSCRIBE and PUBACK of a device), rules by \
+         messages on their topics. SQS: a request for each message sent, and for each batch received and deleted. Logs have about \
+         560 bytes of Lambda's own for an invocation; X-Ray traces one in twenty.\n\n\
+         Not counted: idle polling and alarms ({:.2} USD a month for the stack as it is), connection time, storage, custom metrics \
+         (0.30 USD a month each), the transfer of images, and what a failed workflow logs.",
+        counts.workflows.iter().map(paths).collect::<Vec<_>>().join("\n"),
         transitions(firmware),
         verdict(transitions(firmware) <= MOST_TRANSITIONS),
         verdict(usd <= MOST_USD),
         transitions(config),
         verdict(transitions(config) <= MOST_PUSH_TRANSITIONS),
-        counts.workflows.iter().map(paths).collect::<Vec<_>>().join(". ")
+        prices.region,
+        prices.date,
+        crate::costs::PRICES,
+        prices.monthly(counts)?,
     ))
 }
 
