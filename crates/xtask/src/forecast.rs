@@ -267,7 +267,7 @@ impl Forecast {
         lines.push(format!("{:.1} hours until the last is told, {:.1} until it is done", hours.rollout, hours.done));
         let next = self.quotas.get(1).map(|next| format!(", then {}", next.quota)).unwrap_or_default();
         lines.push(format!("binds first: {}{next}\n", self.binds_first.quota));
-        lines.push(format!("{:<62}{:>10}{:>10}{:>10}", "quota", "needed", "allowed", "headroom"));
+        lines.push(format!("{:<70}{:>10}{:>10}{:>10}", "quota", "needed", "allowed", "headroom"));
         lines.extend(self.quotas.iter().map(Demand::line));
         lines.push(String::new());
         lines.extend(self.notes.iter().cloned());

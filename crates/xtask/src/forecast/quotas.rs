@@ -95,7 +95,7 @@ impl Demand {
         let unit = if unit == &a_second() { String::new() } else { format!(" ({unit})") };
         let fixed = if *adjustable { "" } else { ", fixed" };
         format!(
-            "{:<62}{needed:>10.1}{allowed:>10.1}{:>10}",
+            "{:<70}{needed:>10.1}{allowed:>10.1}{:>10}",
             format!("{quota}{unit}{fixed}"),
             format!("{headroom:.1} ×")
         )
