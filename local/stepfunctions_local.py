@@ -303,6 +303,28 @@ def wait_for_task_token(self, env, timeout_seconds, callback_endpoint, heartbeat
 StateTaskServiceCallback._eval_wait_for_task_token = wait_for_task_token
 
 
+# Gap: moto gives all attempts of a task the same token, takes an answer to one that has ended for good, and lets the second
+# attempt look for its answer without a pause. On AWS each attempt has a token of its own, which ends with it.
+
+_evaluate_attempt = StateTaskServiceCallback._evaluate_with_timeout
+
+
+def evaluate_attempt(self, env):
+    context = env.states.context_object
+    if "Task" not in context.context_object_data:
+        return _evaluate_attempt(self, env)
+    if context.context_object_data["State"]["RetryCount"]:
+        env.callback_pool_manager.add(context.update_task_token())
+    token = context.context_object_data["Task"]["Token"]
+    try:
+        return _evaluate_attempt(self, env)
+    finally:
+        env.callback_pool_manager._pool.pop(token, None)
+
+
+StateTaskServiceCallback._evaluate_with_timeout = evaluate_attempt
+
+
 # Gap: AWS tells of a missed heartbeat as States.Timeout too, but matches it with States.HeartbeatTimeout as well.
 
 
@@ -339,6 +361,19 @@ def error_output(failure_event):
 
 
 ExecutionState._construct_error_output_value = staticmethod(error_output)
+
+
+# Gap: an execution that is being started has no environment yet, on which moto fails when it looks for a task's token.
+
+_get_executions = StepFunctionsParserBackend._get_executions
+
+
+def get_executions(self, status=None):
+    executions = _get_executions(self, status)
+    return [execution for execution in executions if getattr(execution.exec_worker, "env", None)]
+
+
+StepFunctionsParserBackend._get_executions = get_executions
 
 
 # Gap: moto drops the cause that SendTaskFailure gives.

@@ -3,6 +3,7 @@
 //! `cargo xtask test` runs them; they need its local cloud.
 #![allow(clippy::unwrap_used)]
 
+use aws_sdk_dynamodb::types::AttributeValue;
 use aws_sdk_sfn::types::ExecutionStatus::{Failed, Running, Succeeded};
 use protocol::on_premises::{Lease, Verdict, WorkerMessage, WorkerReply, answers_topic, replies_topic};
 use protocol::{Tenant, WorkerName};
@@ -114,6 +115,14 @@ async fn answers_that_answer_nothing_change_nothing() {
     }
 }
 
+/// The token of the state that waits for a job.
+async fn waiting_token(cloud: &Cloud, tenant: &str, handle: &str) -> String {
+    let (operation, _) = handle.rsplit_once('.').unwrap();
+    let get = cloud.dynamodb.get_item().table_name(cloud.output("WorkerJobsTableName"));
+    let get = get.key("job", AttributeValue::S(format!("{tenant}#{operation}"))).consistent_read(true);
+    get.send().await.unwrap().item.unwrap()["taskToken"].as_s().unwrap().clone()
+}
+
 #[tokio::test]
 #[ignore = "needs the local cloud: cargo xtask test"]
 async fn a_job_without_a_sign_of_life_is_sent_again() {
@@ -122,8 +131,13 @@ async fn a_job_without_a_sign_of_life_is_sent_again() {
     let mut worker = PlainWorker::connect(&cloud, "tenant2").await;
     let arn = cloud.start_job(&json!({"tenant": "tenant2", "a": 1, "b": 2})).await;
     let first = worker.job().await;
+    let token = waiting_token(&cloud, "tenant2", &first.task_token).await;
     let again = worker.job().await;
     assert_eq!(first.task_token, again.task_token, "the same job");
+    // The state's token, which no worker sees, is of an attempt.
+    assert_ne!(waiting_token(&cloud, "tenant2", &again.task_token).await, token);
+    let late = cloud.step_functions.send_task_success().task_token(token).output("3").send().await;
+    late.expect_err("an attempt that has ended takes no answer");
     worker.answer(&first, json!(3)).await;
     assert_eq!(await_job(&cloud, &arn).await.output["lambdaOutput"], json!({"result": 3}));
 }

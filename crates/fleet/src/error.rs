@@ -1,5 +1,6 @@
 //! The one list of error names, and how AWS's errors map to it.
 
+use aws_sdk_dynamodb::config::http::HttpResponse;
 use aws_sdk_dynamodb::error::{ProvideErrorMetadata, SdkError};
 use lambda_runtime::Diagnostic;
 use serde::{Deserialize, Serialize};
@@ -215,10 +216,9 @@ pub fn unbuilt(error: impl fmt::Display) -> Error {
 }
 
 /// Names the error of an AWS API call. `action` is the call, such as `iot:CreateJob`.
-pub fn aws<E, R>(action: &str, error: &SdkError<E, R>) -> Error
+pub fn aws<E>(action: &str, error: &SdkError<E, HttpResponse>) -> Error
 where
     E: ProvideErrorMetadata + std::error::Error + 'static,
-    R: fmt::Debug,
 {
     let Some(service_error) = error.as_service_error() else {
         let error = aws_sdk_dynamodb::error::DisplayErrorContext(error).to_string();
@@ -243,6 +243,10 @@ where
         | "InternalException"
         | "ServiceUnavailableException"
         | "ServiceUnavailable" => ErrorName::ServiceUnavailable,
+        // Whatever it is called: the answer to a HEAD request has no body that could say it.
+        _ if error.raw_response().is_some_and(|response| response.status().is_server_error()) => {
+            ErrorName::ServiceUnavailable
+        }
         _ => ErrorName::ServiceError,
     };
     Error::new(name, message)
@@ -257,6 +261,19 @@ mod tests {
         for name in ErrorName::ALL {
             assert_eq!(serde_json::to_value(name).unwrap(), name.as_str());
             assert_eq!(Diagnostic::from(Error::new(name, "why")).error_type, name.as_str());
+        }
+    }
+
+    /// Found by made-up faults. S3 answers a HEAD request without a body, and so without a code.
+    #[test]
+    fn an_unnamed_error_of_a_server_may_pass() {
+        use aws_sdk_s3::{error::ErrorMetadata, operation::head_object::HeadObjectError, primitives::SdkBody};
+        for (status, name) in
+            [(403, ErrorName::ServiceError), (500, ErrorName::ServiceUnavailable), (503, ErrorName::ServiceUnavailable)]
+        {
+            let response = HttpResponse::new(u16::try_into(status).unwrap(), SdkBody::empty());
+            let error = HeadObjectError::generic(ErrorMetadata::builder().build());
+            assert_eq!(aws("s3:HeadObject", &SdkError::service_error(error, response)).name, name, "{status}");
         }
     }
 }

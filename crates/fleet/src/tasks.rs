@@ -62,10 +62,9 @@ impl Tasks {
 }
 
 /// Step Functions has three ways to say that the task has ended or never was.
-fn outcome<T, E, R>(action: &str, sent: Result<T, aws_sdk_sfn::error::SdkError<E, R>>) -> Result<Outcome, Error>
+fn outcome<T, E>(action: &str, sent: Result<T, aws_sdk_sfn::error::SdkError<E>>) -> Result<Outcome, Error>
 where
     E: aws_sdk_sfn::error::ProvideErrorMetadata + std::error::Error + 'static,
-    R: std::fmt::Debug,
 {
     match sent {
         Ok(_) => Ok(Outcome::Applied),
