@@ -44,14 +44,15 @@ pub struct Presence {
 }
 
 /// A lower `versionNumber` is a new beginning only after a long silence: the broker forgets the old number
-/// about an hour after the last connection, so half of that tells a restart from a message that came late.
+/// about an hour after the last connection, so half of that tells a restart from a message that came late. For the same reason a
+/// higher one that is so much older is from before the new beginning.
 const RESTART_AFTER_MS: i64 = 30 * 60 * 1000;
 
 impl PresenceEvent {
     /// Whether this event tells something newer than what is known.
     pub fn supersedes(&self, known: &Presence) -> bool {
         match self.version_number.cmp(&known.version_number) {
-            std::cmp::Ordering::Greater => true,
+            std::cmp::Ordering::Greater => known.timestamp.saturating_sub(self.timestamp) < RESTART_AFTER_MS,
             // One connection opens once and closes once. (A persistent session keeps its identifier over connections.)
             std::cmp::Ordering::Equal if self.session_identifier == known.session_identifier => {
                 self.event_type == PresenceKind::Disconnected && known.connected
@@ -111,6 +112,7 @@ mod tests {
             ("an old connect", event(Connected, "a", 4, 900), &connected, false),
             ("another session of the same number", event(Connected, "c", 5, 1500), &connected, true),
             ("the number is 0 again after an hour", event(Connected, "c", 0, 3_600_000 + 2000), &gone, true),
+            ("what came before, told late", event(Disconnected, "a", 6, 1000 - 3_600_000), &connected, false),
             ("a low number shortly after", event(Connected, "c", 0, 60_000), &gone, false),
         ];
         for (case, event, known, expected) in cases {

@@ -37,6 +37,9 @@ const TEST_PARAMETERS: &[(&str, &str)] = &[
     ("RemediationEffectSeconds", "3"),
 ];
 
+/// End-to-end tests mostly wait: more at the same time than there are processors.
+const END_TO_END_AT_ONCE: &str = "4";
+
 /// A slice of made-up faults mostly waits: all workflows at the same time.
 const ALL_WORKFLOWS: &str = "5";
 
@@ -148,6 +151,7 @@ fn end_to_end(project: &Project, options: &TestOptions, passed: &mut Passed) -> 
     let (cloud, settings_api) = test_cloud(project, TEST_PARAMETERS, passed)?;
     // The same targets as in the step before: with others, features would unify otherwise and the SDK compile twice.
     let mut tests = cargo(project, &["test", "--workspace", "--tests", "--", "--ignored", "--skip", chaos::NAMES]);
+    tests.args(["--test-threads", END_TO_END_AT_ONCE]);
     tests.args(&options.filter).envs(cloud.environment()).envs(settings_api.environment());
     tests.env("FLEETFLOW_STEP_TIMEOUT_SECONDS", STEP_TIMEOUT_SECONDS);
     tests.envs(options.seed.map(|seed| ("FLEETFLOW_SEED", seed.to_string())));
