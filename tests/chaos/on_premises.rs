@@ -371,6 +371,8 @@ pub(crate) struct OnPremises {
     listener: tokio::task::JoinHandle<()>,
     /// Speaks for all workers of the first tenant.
     voice: MqttDevice,
+    /// Says what the broker refuses: it ends the connection, and what else is under way on it is lost.
+    intruder: MqttDevice,
     tenant: Tenant,
     /// The real workers of the other tenant.
     workers: tokio::sync::Mutex<[WorkerProcess; 2]>,
@@ -384,6 +386,14 @@ impl Drop for OnPremises {
     }
 }
 
+/// A client with the rights of a tenant's worker.
+async fn speaker(cloud: &Cloud, tenant: &Tenant) -> MqttDevice {
+    let folder = cloud.worker_credentials(tenant).await;
+    let id = folder.file_name().and_then(|name| name.to_str()).unwrap();
+    // What is under way when the connection breaks is sent again in a session that goes on.
+    MqttDevice::connect_as(id.parse().unwrap(), &format!("{tenant}.{id}"), &folder, false).await
+}
+
 /// A program that says that it has begun, and waits until it is told to end.
 const PATIENT: &str = "name=$(sed 's/.*\"case\":\"\\([^\"]*\\)\".*/\\1/'); echo begun >> \"begun-$name\"; \
      until test -e \"go-$name\"; do sleep 0.5; done; printf '{\"done\":\"%s\"}' \"$name\"";
@@ -395,10 +405,7 @@ impl OnPremises {
         let tenant: Tenant = BY_HAND.parse().unwrap();
         let mut worker = PlainWorker::connect(&cloud, BY_HAND).await;
         worker.client.subscribe(format!("{BY_HAND}/to/worker/+"), QoS::AtLeastOnce).await;
-        let folder = cloud.worker_credentials(&tenant).await;
-        let id = folder.file_name().and_then(|name| name.to_str()).unwrap();
-        let client_id = format!("{BY_HAND}.{id}");
-        let voice = MqttDevice::connect_as(id.parse().unwrap(), &client_id, &folder, true).await;
+        let (voice, intruder) = (speaker(&cloud, &tenant).await, speaker(&cloud, &tenant).await);
         let letters = Letters::default();
         let listener = tokio::spawn(sort(worker, letters.clone()));
         let arguments = json!(["-c", PATIENT]);
@@ -409,7 +416,7 @@ impl OnPremises {
             WorkerProcess::start(&cloud, REAL, "chaos-2", &patient).await,
         ];
         let (workers, killer) = (tokio::sync::Mutex::new(workers), tokio::sync::Mutex::default());
-        Self { cloud, proxy: Proxy::new(), executions, letters, listener, voice, tenant, workers, killer }
+        Self { cloud, proxy: Proxy::new(), executions, letters, listener, voice, intruder, tenant, workers, killer }
     }
 
     async fn start(&self, case: &Case, plan: &Plan) {
@@ -474,8 +481,10 @@ impl OnPremises {
             Move::WrongLease => json!({"result": wrong(), "TaskToken": handle, "worker": case.name, "fence": 1}),
         };
         let other = || REAL.parse().unwrap();
-        let tenant = if one == Move::WrongTenant { other() } else { self.tenant.clone() };
-        self.publish(answers_topic(&tenant), payload.to_string().into_bytes()).await;
+        let (voice, tenant) =
+            if one == Move::WrongTenant { (&self.intruder, other()) } else { (&self.voice, self.tenant.clone()) };
+        let payload = payload.to_string().into_bytes();
+        voice.publish(Publication { topic: answers_topic(&tenant), payload }).await;
     }
 
     async fn plain(&self, case: &Case, plan: &Plan, moves: &[Move], late: &[Move]) -> Result<Ended, Failure> {
