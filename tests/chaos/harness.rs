@@ -347,7 +347,10 @@ fn without_their_letters<W: Workflow>(cases: &[(Case, W::Plan)]) -> BTreeMap<usi
         let mut expected = W::dead_letters(plan);
         found.sort_unstable();
         expected.sort_unstable();
-        if found != expected {
+        // A function that is killed once it has sent a letter sends it again when it is given the message again.
+        let count = |letters: &[&str], error: &str| letters.iter().filter(|letter| **letter == error).count();
+        let all = expected.iter().all(|error| count(&found, error) >= count(&expected, error));
+        if !all || found.iter().any(|error| !expected.contains(error)) {
             lost.insert(case.number, Failure::Lost(format!("dead letters {found:?}, expected {expected:?}")));
         }
     }
