@@ -163,10 +163,11 @@ fn scripted(random: &mut StdRng) -> Behaviour {
                 late.push(step);
             }
             1 => {
-                // What has failed goes no further.
+                // What has failed goes no further, and has not been said to have succeeded: of two answers the first one to arrive counts.
                 let at = random.random_range(0..moves.len());
                 if let Move::Report(step) = moves[at] {
                     moves.truncate(at);
+                    moves.retain(|other| *other != Move::Report(step));
                     moves.push(Move::Fail(step));
                 }
             }
