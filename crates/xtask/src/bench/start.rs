@@ -3,9 +3,11 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
+use nix::sys::resource::{UsageWho, getrusage};
+use nix::sys::time::TimeValLike;
 
 use super::Findings;
 use super::runtime_api::{Binary, as_mebibytes, median};
@@ -37,7 +39,7 @@ const SMALLEST: &str = r#"
 struct Variant {
     about: &'static str,
     binary: Binary,
-    /// From nothing, dependencies included.
+    /// The processor's time for it, from nothing, dependencies included.
     build: Option<Duration>,
     starts: Vec<Start>,
 }
@@ -60,8 +62,8 @@ pub(super) fn measure(project: &Project) -> Result<Findings> {
     Ok(Findings {
         about: format!(
             "The start of {FUNCTION} until it asks for its first event, {STARTS} times by turns for each row: the median and the \
-             quickest, the median of the processor's time, the most memory that it had by then; its size, stripped; how long it \
-             takes to build with all its dependencies."
+             quickest, the median of the processor's time, the most memory that it had by then; its size, stripped; the \
+             processor's time to build it with all its dependencies."
         ),
         columns: ["", "start", "quickest", "processor", "memory", "size", "build"].map(String::from).into(),
         rows: variants.into_iter().map(Variant::row).collect::<Result<_>>()?,
@@ -89,7 +91,7 @@ fn owned((name, value): (&str, &str)) -> (String, String) {
     (name.to_owned(), value.to_owned())
 }
 
-/// Builds the function from nothing with those settings of the profile; its path, and how long it took.
+/// Builds the function from nothing with those settings of the profile; its path, and the processor's time that it took.
 fn build(project: &Project, folder: &str, settings: &[(&str, &str)]) -> Result<(PathBuf, Duration)> {
     let venvs = Venvs::ready(project)?;
     let target = project.root.join("target/bench/start").join(folder);
@@ -103,11 +105,18 @@ fn build(project: &Project, folder: &str, settings: &[(&str, &str)]) -> Result<(
     build.envs(settings.iter().map(|(name, value)| (format!("CARGO_PROFILE_RELEASE_{name}"), value)));
     let settings = settings.iter().map(|(name, value)| format!("{name}={value} ")).collect::<String>();
     let step = Step::start(format!("$ {settings}{}", project.line(&build)));
-    let begin = Instant::now();
+    let before = time_of_children()?;
     project.processes.run("`cargo lambda build`", &mut build, &target.join("build.log"))?;
-    let time = begin.elapsed();
+    let time = time_of_children()?.saturating_sub(before);
     step.done();
     Ok((target.join("lambda").join(FUNCTION).join("bootstrap"), time))
+}
+
+/// The processor's time that ended children and theirs have had.
+fn time_of_children() -> Result<Duration> {
+    let usage = getrusage(UsageWho::RUSAGE_CHILDREN)?;
+    let microseconds = usage.user_time().num_microseconds() + usage.system_time().num_microseconds();
+    Ok(Duration::from_micros(microseconds.try_into()?))
 }
 
 fn smallest(project: &Project) -> Result<PathBuf> {
