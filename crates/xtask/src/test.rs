@@ -38,7 +38,7 @@ const TEST_PARAMETERS: &[(&str, &str)] = &[
 ];
 
 /// End-to-end tests mostly wait: more at the same time than there are processors.
-const END_TO_END_AT_ONCE: &str = "4";
+const END_TO_END_AT_ONCE: &str = "3";
 
 /// A slice of made-up faults mostly waits: all workflows at the same time.
 const ALL_WORKFLOWS: &str = "5";
