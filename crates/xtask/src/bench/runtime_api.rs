@@ -28,6 +28,9 @@ impl Binary {
         let api = Server::http("127.0.0.1:0").map_err(|error| anyhow::anyhow!("no Runtime API: {error}"))?;
         let mut command: Command = project.command(&self.path);
         command
+            // As in Lambda: not what this machine believes.
+            .env_remove("SSL_CERT_FILE")
+            .env_remove("SSL_CERT_DIR")
             .envs(&self.variables)
             .env("AWS_LAMBDA_RUNTIME_API", api.server_addr().to_string())
             .env("AWS_LAMBDA_FUNCTION_NAME", &self.name)
