@@ -41,7 +41,7 @@ pub(super) fn measure(project: &Project) -> Result<Findings> {
     let simulator = built_with(project, "device-simulator", &["--release", "--package", "device-simulator"])?;
     let stack = Stack::deployed(project, &[("ConfigPushEnabled", "false")])?;
     let bench = Bench { stack, simulator };
-    let artifact = bench.upload()?;
+    let artifact = bench.stack.upload(IMAGE_BYTES)?;
     let mut measured = Vec::new();
     let mut connected = 0;
     for devices in DEVICES {
@@ -99,18 +99,6 @@ struct Bench<'a> {
 }
 
 impl Bench<'_> {
-    /// Puts an image into the stack's bucket; the payload's `artifact`.
-    fn upload(&self) -> Result<Value> {
-        let file = self.stack.cloud.run.file("firmware.bin");
-        fs::write(&file, vec![7; IMAGE_BYTES])?;
-        let key = "firmware/2.0.0";
-        let target = format!("s3://{}/{key}", self.stack.outputs.get("FirmwareBucketName")?);
-        let mut command = self.stack.cloud.tool(self.stack.project, "aws");
-        command.args(["s3", "cp", "--no-progress"]).arg(&file).arg(target);
-        self.stack.project.processes.run("`aws s3 cp`", &mut command, &self.stack.cloud.run.log("upload"))?;
-        Ok(json!({"key": key, "size": IMAGE_BYTES}))
-    }
-
     /// Registers a fleet, connects it and upgrades it. `connected` is how many devices will have been connected then.
     fn upgrade(&self, devices: usize, connected: usize, artifact: &Value) -> Result<Timed> {
         let prefix = format!("bench{devices}");

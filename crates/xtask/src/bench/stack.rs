@@ -5,7 +5,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::cloud::{Cloud, FixedPorts};
 use crate::deploy::{self, Outputs};
@@ -51,6 +51,18 @@ impl<'a> Stack<'a> {
             self.aws(&["sqs", "list-queues", "--query", "QueueUrls[]", "--endpoint-url", endpoint])?;
         let part = format!("-{name}-");
         urls.into_iter().find(|url| url.contains(&part)).with_context(|| format!("no queue {name}"))
+    }
+
+    /// Puts an image of so many bytes into the stack's bucket; what a job's payload has as `artifact`.
+    pub(super) fn upload(&self, bytes: usize) -> Result<Value> {
+        let file = self.cloud.run.file("firmware.bin");
+        std::fs::write(&file, vec![7; bytes])?;
+        let key = "firmware/2.0.0";
+        let target = format!("s3://{}/{key}", self.outputs.get("FirmwareBucketName")?);
+        let mut command = self.cloud.tool(self.project, "aws");
+        command.args(["s3", "cp", "--no-progress"]).arg(&file).arg(target);
+        self.project.processes.run("`aws s3 cp`", &mut command, &self.cloud.run.log("upload"))?;
+        Ok(json!({"key": key, "size": bytes}))
     }
 
     /// Runs a script of `local/` whose messages go to the terminal; what it prints as JSON.

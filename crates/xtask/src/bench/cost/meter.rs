@@ -67,10 +67,10 @@ pub(super) struct Reading {
 }
 
 impl Meter {
-    /// Begins anew.
+    /// Begins anew; where what comes now begins in the file.
     pub(super) fn reset(&self) -> Result<u64> {
         ureq::delete(format!("{}/_proxy/calls", self.proxy)).call().context("the proxy does not forget its calls")?;
-        Ok(fs::metadata(&self.file).map_or(0, |file| file.len()))
+        Ok(self.len())
     }
 
     /// How much was counted: unchanged when nothing happens any more.

@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path as FilePath, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 use super::meter::{Meter, Reading};
 use super::{Workflows, monthly, worse};
-use crate::bench::stack::{Stack, read};
+use crate::bench::stack::Stack;
 use crate::cloud::{Cloud, FixedPorts};
 use crate::costs::{Amounts, Measured, Path, Prices, Workflow};
 use crate::deploy;
@@ -130,16 +130,11 @@ impl<'a> Bench<'a> {
     }
 
     fn create_job(&self, name: &str, group: &str) -> Result<()> {
-        let image = self.stack.cloud.run.file("firmware.bin");
-        fs::write(&image, vec![7; IMAGE_BYTES])?;
-        let target = format!("s3://{}/firmware/2.0.0", self.stack.outputs.get("FirmwareBucketName")?);
-        let mut copy = self.stack.cloud.tool(self.stack.project, "aws");
-        copy.args(["s3", "cp", "--no-progress"]).arg(&image).arg(target);
-        self.command("upload", &mut copy)?;
+        let artifact = self.stack.upload(IMAGE_BYTES)?;
         let payload = self.stack.cloud.run.file(&format!("{name}.json"));
         let job = json!({
             "firmwareVersion": "2.0.0", "upgradeTrigger": "bench", "targetArn": group,
-            "artifact": {"key": "firmware/2.0.0", "size": IMAGE_BYTES}, "rollout": {"maximumPerMinute": 60},
+            "artifact": artifact, "rollout": {"maximumPerMinute": 60},
         });
         fs::write(&payload, job.to_string())?;
         let mut invoke = self.stack.cloud.tool(self.stack.project, "aws");
@@ -378,13 +373,9 @@ impl<'a> Bench<'a> {
     }
 
     fn executions(&self, machine: &str) -> Result<Vec<Execution>> {
-        let file = self.stack.cloud.run.file("state-transitions.json");
-        let mut command = self.stack.cloud.script(self.stack.project, "state_transitions.py");
-        command.args(["--state-machine", machine]).stdout(fs::File::create(&file)?).stderr(Stdio::inherit());
-        let script = self.stack.project.processes.spawn("state_transitions.py", Kind::Task, &mut command, None)?;
-        let status = self.stack.project.processes.finish(&script)?;
-        ensure!(status.success(), "state_transitions.py has failed ({status})");
-        read(&file)
+        let script = "state_transitions.py";
+        let mut command = self.stack.cloud.script(self.stack.project, script);
+        self.stack.measure(script, command.args(["--state-machine", machine]))
     }
 
     fn names(&self, machine: &str) -> Result<BTreeSet<String>> {
