@@ -384,7 +384,7 @@ impl WorkerJobs {
         };
         let body = got.body.collect().await;
         let body = body.map_err(|error| Error::new(ErrorName::ServiceUnavailable, format!("s3:GetObject: {error}")))?;
-        Ok(serde_json::from_slice(&body.into_bytes()).map_err(|error| format!("the result is no JSON: {error}")))
+        Ok(uploaded_json(&body.into_bytes()))
     }
 
     async fn input_url(&self, job: &Job<'_>) -> Result<String, Error> {
@@ -449,9 +449,25 @@ fn error_name(exception: &str) -> String {
     name.chars().take(MAX_ERROR_CHARACTERS).collect()
 }
 
+/// What a worker has uploaded as its result; its size is that of the address that it got for it.
+fn uploaded_json(bytes: &[u8]) -> Result<Value, String> {
+    protocol::check_depth(bytes).map_err(|error| format!("the result: {error}"))?;
+    serde_json::from_slice(bytes).map_err(|error| format!("the result is no JSON: {error}"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_uploaded_result_is_json_that_is_not_too_deep() {
+        let nested = |depth: usize| [b"[".repeat(depth), b"]".repeat(depth)].concat();
+        assert!(uploaded_json(&nested(protocol::MAX_JSON_DEPTH)).is_ok());
+        let error = uploaded_json(&nested(protocol::MAX_JSON_DEPTH + 1)).unwrap_err();
+        assert!(error.contains("64"), "{error}");
+        let error = uploaded_json(b"{").unwrap_err();
+        assert!(error.starts_with("the result is no JSON: EOF"), "{error}");
+    }
 
     #[test]
     fn an_exception_gives_its_name_but_cannot_play_another_error() {
