@@ -247,16 +247,20 @@ impl Forecast {
         let mut lines = vec![
             format!("{workflow}: {devices} {unit}{plural}, at most {:.0} a minute, {region}", hours.peak_per_minute),
             String::new(),
-            format!("{:<24}{:>14}{:>14}{:>14}", "USD", "none fails", format!("{failure_percent} % fail"), "all fail"),
         ];
         let Usd { best, expected, worst } = &self.usd;
-        let columns = [best, expected, worst];
+        let mut columns = vec![("none fails".to_owned(), best), ("all fail".to_owned(), worst)];
+        if *failure_percent > 0.0 {
+            columns.insert(1, (format!("{failure_percent} % fail"), expected));
+        }
+        let titles: String = columns.iter().map(|(title, _)| format!("{title:>14}")).collect();
+        lines.push(format!("{:<24}{titles}", "USD"));
         let line = |name: &str, of: &dyn Fn(&Cost) -> f64| {
-            let [a, b, c] = columns.map(of);
-            format!("{name:<24}{a:>14.2}{b:>14.2}{c:>14.2}")
+            let amounts: String = columns.iter().map(|(_, cost)| format!("{:>14.2}", of(cost))).collect();
+            format!("{name:<24}{amounts}")
         };
         let services: std::collections::BTreeSet<&String> =
-            columns.iter().flat_map(|cost| cost.by_service.keys()).collect();
+            columns.iter().flat_map(|(_, cost)| cost.by_service.keys()).collect();
         for service in services {
             lines.push(line(service, &|cost| cost.by_service.get(service).copied().unwrap_or_default()));
         }
@@ -341,6 +345,13 @@ mod tests {
         // A million at 1,000 a minute, and a quarter of an hour for the last.
         assert!((forecast.hours.rollout - 1000.0 / 60.0).abs() < 1e-9);
         assert!((forecast.hours.done - 1000.0 / 60.0 - 0.25).abs() < 1e-9);
+    }
+
+    #[test]
+    fn a_column_for_each_question() {
+        let titles = |line: &str| forecast(line).text().lines().nth(2).expect("titles").split_whitespace().count();
+        assert_eq!(titles("--devices 1"), "USD none fails all fail".split(' ').count());
+        assert_eq!(titles("--devices 1 --failure-rate 2.5"), "USD none fails 2.5 % fail all fail".split(' ').count());
     }
 
     #[test]
