@@ -12,10 +12,10 @@ pub(crate) struct Caller {
 }
 
 impl Caller {
-    /// The function that connects from that port of this machine. `None` if it is another program, or where the system has no
-    /// `/proc`.
-    pub(crate) fn of_port(port: u16) -> Option<Self> {
-        let socket = format!("socket:[{}]", inode(port)?);
+    /// The function that connects from that port of this machine to that other one. `None` if it is another program, or where the
+    /// system has no `/proc`.
+    pub(crate) fn of_connection(from: u16, to: u16) -> Option<Self> {
+        let socket = format!("socket:[{}]", inode(from, to)?);
         let processes = fs::read_dir("/proc").ok()?.flatten();
         processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).find_map(|pid: i32| {
             let function = function(pid)?;
@@ -24,14 +24,17 @@ impl Caller {
     }
 }
 
-/// The socket whose own end is that port (`man 5 proc_net`): the second field is its address, the tenth its inode.
-fn inode(port: u16) -> Option<String> {
-    let ending = format!(":{port:04X}");
+/// The socket of a connection (`man 5 proc_net`): the second field is its own address, the third the other one's, the tenth its
+/// inode. The same port may have connections to several others.
+fn inode(from: u16, to: u16) -> Option<String> {
+    let (from, to) = (format!(":{from:04X}"), format!(":{to:04X}"));
     let socket = |table: &str| {
         let text = fs::read_to_string(table).ok()?;
-        let line =
-            text.lines().skip(1).find(|line| line.split_whitespace().nth(1).is_some_and(|at| at.ends_with(&ending)))?;
-        line.split_whitespace().nth(9).map(str::to_owned)
+        text.lines().skip(1).find_map(|line| {
+            let fields: Vec<&str> = line.split_whitespace().collect();
+            let is_it = fields.get(1)?.ends_with(&from) && fields.get(2)?.ends_with(&to);
+            is_it.then(|| fields.get(9).map(|inode| (*inode).to_owned()))?
+        })
     };
     socket("/proc/net/tcp").or_else(|| socket("/proc/net/tcp6"))
 }
@@ -51,26 +54,41 @@ fn holds(pid: i32, socket: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::net::{TcpListener, TcpStream};
-    use std::os::fd::{AsFd, OwnedFd};
+    use std::net::{SocketAddr, TcpListener, TcpStream};
+    use std::os::fd::OwnedFd;
     use std::process::{Command, Stdio};
+    use tokio::net::TcpSocket;
 
-    #[test]
-    #[cfg(target_os = "linux")]
-    fn a_function_is_found_by_its_connection_and_another_program_is_none() {
+    fn listener() -> (TcpListener, SocketAddr) {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
-        let connect = || TcpStream::connect(listener.local_addr().expect("an address")).expect("connected");
-        let (ours, theirs) = (connect(), connect());
-        let port = theirs.local_addr().expect("an address").port();
+        let address = listener.local_addr().expect("an address");
+        (listener, address)
+    }
+
+    /// A connection from that port, or from any.
+    async fn connect(from: u16, to: SocketAddr) -> TcpStream {
+        let socket = TcpSocket::new_v4().expect("a socket");
+        socket.set_reuseaddr(true).expect("a port that is used already");
+        socket.bind(([127, 0, 0, 1], from).into()).expect("the port");
+        socket.connect(to).await.and_then(tokio::net::TcpStream::into_std).expect("connected")
+    }
+
+    #[tokio::test]
+    #[cfg(target_os = "linux")]
+    async fn a_function_is_found_by_its_connection_and_another_program_is_none() {
+        let ((_one, proxy), (_other, elsewhere)) = (listener(), listener());
+        let theirs = connect(0, proxy).await;
+        let from = theirs.local_addr().expect("an address").port();
+        // From the same port, as the system lets it when the destinations differ.
+        let _ours = connect(from, elsewhere).await;
         // A child that holds the connection as its standard input.
-        let input: OwnedFd = theirs.as_fd().try_clone_to_owned().expect("a copy");
-        drop(theirs);
         let mut child = Command::new("sleep");
-        child.arg("60").env("AWS_LAMBDA_FUNCTION_NAME", "create-job").stdin(Stdio::from(input));
+        child.arg("60").env("AWS_LAMBDA_FUNCTION_NAME", "create-job").stdin(Stdio::from(OwnedFd::from(theirs)));
         let mut child = child.spawn().expect("a child");
         let pid = i32::try_from(child.id()).expect("an id");
-        assert_eq!(Caller::of_port(port), Some(Caller { function: "create-job".into(), pid }));
-        assert_eq!(Caller::of_port(ours.local_addr().expect("an address").port()), None);
+        let caller = Caller { function: "create-job".into(), pid };
+        assert_eq!(Caller::of_connection(from, proxy.port()), Some(caller));
+        assert_eq!(Caller::of_connection(from, elsewhere.port()), None);
         child.kill().and_then(|()| child.wait()).expect("ended");
     }
 }

@@ -21,8 +21,6 @@ pub struct Count {
     pub calls: u64,
     /// How many of them were refused, by the cloud or by a rule.
     pub refused: u64,
-    /// Bytes of the requests' bodies.
-    pub request_bytes: u64,
     /// `DynamoDB`'s read capacity units.
     pub read_units: f64,
     /// `DynamoDB`'s write capacity units.
@@ -45,7 +43,7 @@ pub struct Called {
 impl Operation {
     /// What a request asks for.
     pub(crate) fn of(method: &Method, uri: &Uri, headers: &HeaderMap, body: &[u8]) -> Self {
-        let service = service(headers).unwrap_or("unknown");
+        let service = service(headers).or_else(|| signed_for(uri)).unwrap_or("unknown");
         let name =
             target(headers).or_else(|| action(headers, body)).unwrap_or_else(|| rest(service, method, uri.path()));
         Self { service: service.to_owned(), name }
@@ -61,6 +59,12 @@ fn text<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
 fn service(headers: &HeaderMap) -> Option<&str> {
     let (_, scope) = text(headers, "authorization")?.split_once("Credential=")?;
     scope.split(',').next()?.split('/').nth(3)
+}
+
+/// The same of a signed address: `X-Amz-Credential=KEY%2FDATE%2FREGION%2FSERVICE%2Faws4_request`.
+fn signed_for(uri: &Uri) -> Option<&str> {
+    let (_, scope) = uri.query()?.split_once("X-Amz-Credential=")?;
+    scope.split('&').next()?.split("%2F").nth(3)
 }
 
 /// The JSON protocols name the operation in a header.
@@ -155,6 +159,8 @@ mod tests {
         assert_eq!(of(&Method::PUT, path, &[scope("iot")], ""), "iot.AddThingToThingGroup");
         let path = "/service/GraniteServiceVersion20100801/operation/PutMetricData";
         assert_eq!(of(&Method::POST, path, &[scope("monitoring")], ""), "monitoring.PutMetricData");
+        let address = "/bucket/key?X-Amz-Credential=0%2F20260101%2Feu-west-1%2Fs3%2Faws4_request&X-Amz-Expires=60";
+        assert_eq!(of(&Method::GET, address, &[], ""), "s3.GetObject");
         assert_eq!(of(&Method::GET, "/", &[], ""), "unknown.GET /");
     }
 

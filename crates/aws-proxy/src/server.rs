@@ -63,19 +63,21 @@ struct Proxy {
 /// A connection, with whoever is at its other end once somebody has asked.
 #[derive(Clone)]
 struct Connection {
-    port: u16,
+    from: u16,
+    to: u16,
     caller: Arc<OnceLock<Option<Caller>>>,
 }
 
 impl Connected<IncomingStream<'_, TcpListener>> for Connection {
     fn connect_info(stream: IncomingStream<'_, TcpListener>) -> Self {
-        Self { port: stream.remote_addr().port(), caller: Arc::default() }
+        let to = stream.io().local_addr().map_or(0, |address| address.port());
+        Self { from: stream.remote_addr().port(), to, caller: Arc::default() }
     }
 }
 
 impl Connection {
     fn caller(&self) -> Option<&Caller> {
-        self.caller.get_or_init(|| Caller::of_port(self.port)).as_ref()
+        self.caller.get_or_init(|| Caller::of_connection(self.from, self.to)).as_ref()
     }
 }
 
@@ -123,7 +125,7 @@ async fn forward(
     let path = head.uri.path_and_query().map_or("/", |path| path.as_str());
     let call = Call { function, operation: &operation, path, body: &body };
     let effect = lock(&proxy.log.rules).iter_mut().find_map(|rule| rule.effect(&call));
-    let mut count = Count { calls: 1, request_bytes: body.len() as u64, ..Count::default() };
+    let mut count = Count { calls: 1, ..Count::default() };
 
     let answer = match effect {
         Some(Effect::Throttle) => response(Refusal::Throttled, &operation, &head.headers),
@@ -153,7 +155,6 @@ async fn forward(
     let sum = calls.entry(key).or_default();
     sum.calls += count.calls;
     sum.refused += count.refused;
-    sum.request_bytes += count.request_bytes;
     sum.read_units += count.read_units;
     sum.write_units += count.write_units;
     answer
