@@ -34,7 +34,7 @@ pub(crate) struct Measured {
     /// What it is counted for: a device, a reading.
     pub(crate) unit: String,
     pub(crate) happy: Path,
-    /// The most expensive of its defined ends.
+    /// The most expensive failure of those that are measured.
     pub(crate) worst: Path,
 }
 
@@ -270,5 +270,8 @@ mod tests {
             }
         }
         assert!(prices.monthly(&counts).expect("a price of each item") > 0.0);
+        let upgrade = counts.of(Workflow::Firmware).expect("measured");
+        let usd = |path: &Path| prices.totals(&path.amounts).expect("totals")[1];
+        assert!(usd(&upgrade.worst) > usd(&upgrade.happy), "the most expensive failure is not among those measured");
     }
 }

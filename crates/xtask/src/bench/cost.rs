@@ -8,13 +8,11 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::time::SystemTime;
 
-use anyhow::{Context, Result};
-use serde_json::Value;
-
 use super::Findings;
 use super::stack::Stack;
 use crate::costs::{Amounts, COUNTS, Counts, Measured, Path, Prices, Workflow, scaled};
 use crate::project::Project;
+use anyhow::{Context, Result};
 
 /// What an upgrade may take.
 const MOST_TRANSITIONS: f64 = 11.0;
@@ -22,6 +20,8 @@ const MOST_USD: f64 = 330.0;
 /// What a push of settings may take.
 const MOST_PUSH_TRANSITIONS: f64 = 4.0;
 const MILLION: f64 = 1_000_000.0;
+/// What only an alarm of that kind has in the template.
+const ANOMALY_ALARM: &str = "ANOMALY_DETECTION_BAND(";
 
 /// Runs every workflow, and writes down what was counted.
 pub(super) fn measure(project: &Project) -> Result<Findings> {
@@ -44,11 +44,22 @@ fn write(project: &Project, counts: &Counts) -> Result<()> {
 
 /// What of the stack costs by the month.
 fn monthly(stack: &Stack) -> Result<Amounts> {
-    let mappings: f64 =
-        stack.aws(&["lambda", "list-event-source-mappings", "--query", "length(EventSourceMappings)"])?;
-    let alarms: Value = stack.aws(&["cloudwatch", "describe-alarms", "--query", "length(MetricAlarms)"])?;
-    let alarms = alarms.as_f64().context("the number of alarms is none")?;
-    Ok([("queue-mappings", mappings), ("alarms", alarms)].map(|(item, number)| (item.to_owned(), number)).into())
+    // A stream is read for nothing.
+    let queues = "length(EventSourceMappings[?contains(EventSourceArn, ':sqs:')])";
+    let mappings: f64 = stack.aws(&["lambda", "list-event-source-mappings", "--query", queues])?;
+    let alarms: f64 = stack.aws(&["cloudwatch", "describe-alarms", "--query", "length(MetricAlarms)"])?;
+    // The local cloud has none of these.
+    let template = fs::read_to_string(stack.project.root.join("template.yaml")).context("template.yaml")?;
+    let in_template = |text| number(template.matches(text).count());
+    let (anomalies, dashboards) = (in_template(ANOMALY_ALARM), in_template("Type: AWS::CloudWatch::Dashboard"));
+    let items =
+        [("queue-mappings", mappings), ("alarms", alarms), ("anomaly-alarms", anomalies), ("dashboards", dashboards)];
+    Ok(items.map(|(item, number)| (item.to_owned(), number)).into())
+}
+
+/// A small number.
+fn number(count: usize) -> f64 {
+    u32::try_from(count).map_or(f64::INFINITY, f64::from)
 }
 
 fn findings(counts: &Counts, prices: &Prices) -> Result<Findings> {
@@ -145,10 +156,12 @@ fn about(counts: &Counts, prices: &Prices) -> Result<String> {
     ))
 }
 
-/// The more expensive of two.
-fn worse(prices: &Prices, one: Path, other: Path) -> Result<Path> {
-    let usd = |path: &Path| Ok::<f64, anyhow::Error>(prices.totals(&path.amounts)?[1]);
-    Ok(if usd(&one)? >= usd(&other)? { one } else { other })
+/// The most expensive of them.
+fn worst(prices: &Prices, paths: Vec<Path>) -> Result<Path> {
+    let by_usd = paths.into_iter().map(|path| Ok((prices.totals(&path.amounts)?[1], path)));
+    let by_usd = by_usd.collect::<Result<Vec<_>>>()?;
+    let most = by_usd.into_iter().max_by(|(one, _), (other, _)| one.total_cmp(other));
+    Ok(most.context("nothing was measured")?.1)
 }
 
 /// The workflows by their names.

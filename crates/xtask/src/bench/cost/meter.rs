@@ -176,8 +176,6 @@ impl Reading {
             ("monitoring", "PutMetricData") => self.amount("metric-requests", calls),
             ("s3", "PutObject") => self.amount("s3-writes", calls),
             ("s3", _) => self.amount("s3-reads", calls),
-            // Signed addresses have no header that names the service.
-            ("unknown", name) if name.starts_with("GET /") => self.amount("s3-reads", calls),
             ("iot", "DescribeThing") => self.amount("registry-operations", calls),
             ("iot", "UpdateThing" | "AddThingToThingGroup" | "RemoveThingFromThingGroup") => {
                 self.amount("registry-operations", calls);
