@@ -1,7 +1,7 @@
 //! Configuration pushes: one device with a profile of its own a case.
 
 use crate::disturbance::{Disturbance, Point};
-use crate::harness::{Case, Ended, Executions, Failure, Proxy, Verdict, Workflow, eventually, same};
+use crate::harness::{Case, Ended, Executions, Failure, Verdict, Workflow, eventually, same};
 use aws_sdk_dynamodb::types::AttributeValue;
 use aws_sdk_sfn::types::ExecutionStatus;
 use device_simulator::{DeviceSpec, Fault, FaultTiming, Faults, FleetOptions};
@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::time::Duration;
-use tests::{Cloud, MqttDevice};
+use tests::{Cloud, MqttDevice, Proxy};
 
 /// The calls of a push that are about its device.
 const POINTS: &[Point] = &[
@@ -44,6 +44,9 @@ const DEVICE_FAULTS: &[(Fault, &[&str])] = &[
     (Fault::Offline, &["SUCCESS"]),
     (Fault::Disconnect, &["SUPERSEDED", "SUCCESS"]),
 ];
+
+/// How the push of a session may end that a device leaves when it pleases.
+const FLAPPING_ENDS: [&str; 4] = ["SUCCESS", "UNCHANGED", "SUPERSEDED", "DeviceTimedOut"];
 
 /// What a scripted device says once it has its commands.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -95,7 +98,11 @@ impl Plan {
         let honest = || Behaviour::Simulated(None);
         let (behaviour, disturbances) = match number % 6 {
             0 => (scripted(random, count), vec![]),
-            1 => (honest(), vec![Disturbance::kill(random, POINTS)]),
+            1 => {
+                let kill = Disturbance::kill_in_turn(random, POINTS, number / 6);
+                let fails = kill.point().is_some_and(|(_, operation)| operation == "states.SendTaskFailure");
+                (Behaviour::Simulated(fails.then_some(DEVICE_FAULTS[0])), vec![kill])
+            }
             2 => (honest(), vec![Disturbance::refuse(random, POINTS)]),
             3 => (flapping(random), vec![]),
             4 => (Behaviour::Simulated(DEVICE_FAULTS.choose(random).copied()), vec![]),
@@ -333,6 +340,7 @@ fn event(thing: &ThingName, kind: &str, item: &HashMap<String, AttributeValue>) 
 
 impl Workflow for ConfigPush {
     const NAME: &'static str = "config";
+    const QUEUES: &'static [&'static str] = &["PresenceQueue", "SessionsQueue", "DeviceResponsesQueue"];
     type Plan = Plan;
 
     fn cloud(&self) -> &Cloud {
@@ -359,6 +367,10 @@ impl Workflow for ConfigPush {
         }
     }
 
+    fn disturbances(plan: &Plan) -> &[Disturbance] {
+        &plan.disturbances
+    }
+
     fn dead_letters(plan: &Plan) -> Vec<&'static str> {
         let Behaviour::Scripted { moves, .. } = &plan.behaviour else { return Vec::new() };
         let error = |one: &Move| match one {
@@ -382,10 +394,19 @@ impl Workflow for ConfigPush {
                 (Some(ends), _) => same("the pushes", &found, &ends),
                 (None, Behaviour::Flapping { times, .. }) => {
                     let sessions = 1 + *times as usize;
-                    same("the number of pushes", &found.len(), &found.len().clamp(1, sessions))
+                    let defined = found.iter().all(|end| FLAPPING_ENDS.contains(end));
+                    same("the number of pushes", &found.len(), &found.len().clamp(1, sessions)).and(if defined {
+                        Ok(())
+                    } else {
+                        Err(Failure::Wrong(format!("its pushes end {found:?}")))
+                    })
                 }
                 (None, _) => Ok(()),
             };
+            let mut sessions: Vec<i64> = pushes.iter().filter_map(|push| push.input["connectedAt"].as_i64()).collect();
+            sessions.sort_unstable();
+            sessions.dedup();
+            let verdict = verdict.and(same("the sessions that have a push", &sessions.len(), &pushes.len()));
             if let Err(failure) = verdict {
                 failures.insert(case.number, failure);
             }

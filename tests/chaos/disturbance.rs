@@ -19,9 +19,26 @@ pub(crate) struct Disturbance {
 }
 
 impl Disturbance {
+    /// The first so many cases kill before and after each of these calls, one by one; what comes after them is made up.
+    pub(crate) fn kill_in_turn(random: &mut StdRng, points: &[Point], turn: usize) -> Self {
+        let functions = of_functions(points);
+        match functions.get(turn / 2) {
+            Some(point) => {
+                let effect = if turn.is_multiple_of(2) { Effect::KillBefore } else { Effect::KillAfter };
+                Self { point: Some(*point), skip: 0, times: 1, effect }
+            }
+            None => Self::kill(random, points),
+        }
+    }
+
+    /// Where it disturbs, if not anywhere.
+    pub(crate) fn point(&self) -> Option<Point> {
+        self.point
+    }
+
     /// A function that is killed before or after a call: at one of these points, or anywhere.
     pub(crate) fn kill(random: &mut StdRng, points: &[Point]) -> Self {
-        let functions: Vec<Point> = points.iter().copied().filter(|(function, _)| function.is_some()).collect();
+        let functions = of_functions(points);
         let effect = if random.random() { Effect::KillBefore } else { Effect::KillAfter };
         Self::somewhere(random, &functions, effect, 1)
     }
@@ -35,6 +52,9 @@ impl Disturbance {
             4 => (Effect::LoseAnswer, 1),
             _ => (Effect::Delay(random.random_range(500..4000)), times),
         };
+        let functions = of_functions(points);
+        // Step Functions sees to the answers of its own calls.
+        let points = if effect == Effect::LoseAnswer { &functions } else { points };
         Self::somewhere(random, points, effect, times)
     }
 
@@ -61,14 +81,20 @@ impl Disturbance {
     }
 }
 
+/// The points that are calls of functions.
+fn of_functions(points: &[Point]) -> Vec<Point> {
+    points.iter().copied().filter(|(function, _)| function.is_some()).collect()
+}
+
 impl fmt::Display for Disturbance {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { point, skip, times, effect } = self;
         write!(f, "{effect:?} {times}x from call {} of ", skip + 1)?;
-        match point {
-            Some((Some(function), operation)) => write!(f, "{function} {operation}"),
-            Some((None, operation)) => write!(f, "the state machine's {operation}"),
-            None => f.write_str("any"),
-        }
+        f.write_str(&point.map_or_else(|| "any".to_owned(), name))
     }
+}
+
+/// What people call a point.
+pub(crate) fn name((function, operation): Point) -> String {
+    function.map_or_else(|| format!("the state machine's {operation}"), |function| format!("{function} {operation}"))
 }

@@ -1,12 +1,12 @@
 //! Firmware upgrades: one device and one job a case.
 
 use crate::disturbance::{Disturbance, Point};
-use crate::harness::{Case, Executions, Failure, Proxy, Verdict, Workflow, eventually, same};
-use aws_sdk_iot::types::JobExecutionStatus::{self, Failed, Succeeded, TimedOut};
+use crate::harness::{Case, Executions, Failure, Verdict, Workflow, eventually, same};
+use aws_sdk_iot::types::JobExecutionStatus::{self, Canceled, Failed, Succeeded, TimedOut};
 use aws_sdk_sfn::types::ExecutionStatus;
 use device_simulator::provision::ProtocolMix;
 use device_simulator::{CutPoint, DeviceSpec, Fault, FaultTiming, Faults, FleetOptions};
-use protocol::{DeviceFailure, OperationId, ProtocolName, Publication, ReplyTo, Step, StepOutcome, ThingName};
+use protocol::{Command, DeviceFailure, OperationId, ProtocolName, Publication, ReplyTo, Step, StepOutcome, ThingName};
 use rand::RngExt;
 use rand::rngs::StdRng;
 use rand::seq::{IndexedRandom, SliceRandom};
@@ -14,7 +14,7 @@ use serde_json::json;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::time::Duration;
-use tests::{Cloud, Ended, Image, ScriptedDevice};
+use tests::{Cloud, Ended, Image, Proxy, ScriptedDevice};
 
 const FROM: &str = "1.0.0";
 const TO: &str = "2.0.0";
@@ -44,6 +44,8 @@ const POINTS: &[Point] = &[
     (Some("HandleDeviceResponse"), "states.SendTaskFailure"),
     (Some("HandleDeviceResponse"), "iotdata.Publish"),
     (Some("UpdateJob"), "iot-jobs-data.UpdateJobExecution"),
+    (Some("StopWorkflow"), "dynamodb.UpdateItem"),
+    (Some("StopWorkflow"), "states.SendTaskFailure"),
 ];
 
 /// The faults of the device matrix, and how an upgrade ends with them.
@@ -89,8 +91,11 @@ enum Move {
 enum Behaviour {
     /// The simulator's, with a fault or none.
     Simulated(Option<(Fault, JobExecutionStatus, &'static str)>),
-    /// The simulator's; before the job comes the broker tells of older connections, and the power goes and comes so often.
-    Flapping { stale: Vec<&'static str>, times: u32 },
+    /// The simulator's; before the job comes the broker tells of older connections (with their version numbers, which may be equal,
+    /// or begin anew), and the power goes and comes so often.
+    Flapping { stale: Vec<(&'static str, i64)>, times: u32 },
+    /// It says that so many steps have succeeded; then an operator cancels its job execution.
+    Cancelled { after: usize },
     /// Just these messages; the last ones only when the workflow has ended.
     Scripted { moves: Vec<Move>, late: Vec<Step> },
 }
@@ -114,15 +119,20 @@ impl Plan {
     fn new(random: &mut StdRng, number: usize) -> Self {
         let protocol = *[ProtocolName::Json, ProtocolName::Usp].choose(random).unwrap();
         let (behaviour, disturbances) = match number % 6 {
+            0 if (number / 6).is_multiple_of(5) => (Behaviour::Cancelled { after: random.random_range(0..3) }, vec![]),
             0 => (scripted(random), vec![]),
-            1 => (Behaviour::Simulated(None), vec![Disturbance::kill(random, POINTS)]),
+            1 => {
+                let kill = Disturbance::kill_in_turn(random, POINTS, number / 6);
+                (kill.point().map_or(Behaviour::Simulated(None), reaching), vec![kill])
+            }
             2 => (Behaviour::Simulated(None), vec![Disturbance::refuse(random, POINTS)]),
             3 => (flapping(random), vec![]),
             4 => (faulty(random), vec![]),
             _ => {
-                let behaviour = match random.random_range(0..3) {
-                    0 => scripted(random),
-                    1 => flapping(random),
+                let behaviour = match random.random_range(0..7) {
+                    0 | 1 => scripted(random),
+                    2 | 3 => flapping(random),
+                    4 => Behaviour::Cancelled { after: random.random_range(0..3) },
                     _ => faulty(random),
                 };
                 (behaviour, vec![Disturbance::kill(random, POINTS), Disturbance::refuse(random, POINTS)])
@@ -137,7 +147,19 @@ impl Plan {
             Behaviour::Simulated(Some((_, status, reason))) => Ended::new(status.clone(), reason),
             Behaviour::Simulated(None) | Behaviour::Flapping { .. } => Ended::new(Succeeded, "Upgraded"),
             Behaviour::Scripted { moves, .. } => end_of(moves),
+            Behaviour::Cancelled { .. } => Ended::new(Canceled, ""),
         }
+    }
+}
+
+/// What a device does when that call is made.
+fn reaching((function, operation): Point) -> Behaviour {
+    let with = |fault: Fault| DEVICE_FAULTS.iter().find(|(known, ..)| *known == fault).cloned();
+    match (function, operation) {
+        (Some("StopWorkflow"), _) => Behaviour::Cancelled { after: 1 },
+        (Some("TrackPresence"), "states.SendTaskSuccess") => Behaviour::Simulated(with(Fault::Offline)),
+        (_, "states.SendTaskFailure") => Behaviour::Simulated(with(Fault::Boot)),
+        _ => Behaviour::Simulated(None),
     }
 }
 
@@ -147,7 +169,8 @@ fn faulty(random: &mut StdRng) -> Behaviour {
 
 fn flapping(random: &mut StdRng) -> Behaviour {
     let kinds = ["connected", "disconnected"];
-    let stale = (0..random.random_range(0..4)).map(|_| *kinds.choose(random).unwrap()).collect();
+    let stale = (0..random.random_range(0..4)).map(|_| (*kinds.choose(random).unwrap(), random.random_range(0..3)));
+    let stale = stale.collect();
     Behaviour::Flapping { stale, times: random.random_range(0..4) }
 }
 
@@ -227,11 +250,11 @@ impl FirmwareUpgrade {
     }
 
     /// The broker tells of connections before the last one: nothing may come of it.
-    async fn tell_of_older_connections(&self, thing: &ThingName, kinds: &[&str]) {
-        for (version, kind) in kinds.iter().enumerate() {
+    async fn tell_of_older_connections(&self, thing: &ThingName, stale: &[(&str, i64)]) {
+        for (place, (kind, version)) in stale.iter().enumerate() {
             let topic = format!("$aws/events/presence/{kind}/{thing}");
             let event = json!({
-                "clientId": thing, "timestamp": version + 1, "eventType": kind, "sessionIdentifier": "older",
+                "clientId": thing, "timestamp": place + 1, "eventType": kind, "sessionIdentifier": format!("older-{place}"),
                 "principalIdentifier": "p", "ipAddress": "127.0.0.1", "versionNumber": version,
             });
             self.cloud.deliver("PresenceQueue", &topic, &event).await;
@@ -247,7 +270,7 @@ impl FirmwareUpgrade {
         behaviour: &Behaviour,
     ) -> Result<(String, Ended), Failure> {
         let thing = spec.thing.clone();
-        let stale: &[&str] = if let Behaviour::Flapping { stale, .. } = behaviour { stale } else { &[] };
+        let stale: &[(&str, i64)] = if let Behaviour::Flapping { stale, .. } = behaviour { stale } else { &[] };
         self.tell_of_older_connections(&thing, stale).await;
         let quick = |options: &mut FleetOptions| {
             options.fault_timing = FaultTiming { delay: Duration::from_secs(2), ..FaultTiming::default() };
@@ -285,12 +308,49 @@ impl FirmwareUpgrade {
             self.play_one(&device, &operation, &reply_to, one).await;
         }
         let ended = self.ended(&job, &thing).await?;
+        // What ends an upgrade otherwise than well is an answer to every step.
+        let own = usize::from(ended.status != Succeeded);
+        let said = |step| moves.iter().filter(|one| **one == Move::Report(step) || **one == Move::Fail(step)).count();
+        let before = self.heard(&thing, &operation, |step| said(step) + own).await?;
         for step in late {
             device.succeed(&operation, &reply_to, *step, TO).await;
         }
-        self.heard(&thing, &operation, moves, late).await?;
+        let after = |step| late.iter().filter(|other| **other == step).count();
+        self.heard(&thing, &operation, |step| before[&step] + after(step)).await?;
         let rebooted = moves.contains(&Move::Report(Step::DeviceRebooted));
         Ok((if rebooted { TO } else { FROM }.to_owned(), ended))
+    }
+
+    /// Lets a device come so far, cancels its job execution, and waits until it is told to stop.
+    async fn cancel(
+        &self,
+        case: &Case,
+        spec: &DeviceSpec,
+        target: &str,
+        after: usize,
+    ) -> Result<(String, Ended), Failure> {
+        let mut device = ScriptedDevice::connect(spec).await;
+        let job = self.create_job(case, target).await?;
+        let (operation, reply_to) = device.download().await;
+        for step in &STEPS[..after] {
+            device.succeed(&operation, &reply_to, *step, TO).await;
+        }
+        let cancelled = eventually("the job execution is cancelled", || async {
+            let cancel = self.cloud.iot.cancel_job_execution().job_id(&job).thing_name(spec.thing.as_str()).force(true);
+            cancel.send().await.ok()
+        });
+        cancelled.await?;
+        loop {
+            // What has no answer is sent again.
+            match device.command().await.command {
+                Command::Download { .. } => {}
+                Command::CancelDownload { operation_id } => {
+                    same("the operation that is cancelled", &operation_id, &operation)?;
+                    break;
+                }
+            }
+        }
+        Ok((FROM.to_owned(), self.ended(&job, &spec.thing).await?))
     }
 
     async fn play_one(&self, device: &ScriptedDevice, operation: &OperationId, reply_to: &ReplyTo, one: &Move) {
@@ -327,19 +387,25 @@ impl FirmwareUpgrade {
         }
     }
 
-    /// Every message has been heard: each step's item counts at least as many as were sent.
-    async fn heard(&self, thing: &ThingName, operation: &OperationId, moves: &[Move], late: &[Step]) -> Verdict {
+    /// Every message has been heard: each step's item counts at least so many answers. How many it counts.
+    async fn heard(
+        &self,
+        thing: &ThingName,
+        operation: &OperationId,
+        expected: impl Fn(Step) -> usize,
+    ) -> Result<BTreeMap<Step, usize>, Failure> {
+        let mut heard = BTreeMap::new();
         for step in STEPS {
-            let said = |one: &&Move| **one == Move::Report(step) || **one == Move::Fail(step);
-            let sent = moves.iter().filter(said).count() + late.iter().filter(|other| **other == step).count();
-            let what = format!("{sent} answers to {} are heard", step.name());
-            let heard = eventually(&what, || async {
+            let expected = expected(step);
+            let what = format!("{expected} answers to {} are heard", step.name());
+            let arrivals = eventually(&what, || async {
                 let meeting = tests::meeting(&self.cloud, thing, operation, step).await.unwrap_or_default();
-                (usize::try_from(meeting.arrivals).unwrap_or_default() >= sent).then_some(())
+                let arrivals = usize::try_from(meeting.arrivals).unwrap_or_default();
+                (arrivals >= expected).then_some(arrivals)
             });
-            heard.await.map_err(|_| Failure::Lost(format!("in vain: {what}")))?;
+            heard.insert(step, arrivals.await.map_err(|_| Failure::Lost(format!("in vain: {what}")))?);
         }
-        Ok(())
+        Ok(heard)
     }
 
     async fn ended(&self, job: &str, thing: &ThingName) -> Result<Ended, Failure> {
@@ -354,6 +420,13 @@ impl FirmwareUpgrade {
 
 impl Workflow for FirmwareUpgrade {
     const NAME: &'static str = "firmware";
+    const QUEUES: &'static [&'static str] = &[
+        "JobNotificationsQueue",
+        "JobExecutionsQueue",
+        "PresenceQueue",
+        "DeviceResponsesQueue",
+        "WorkflowReportsQueue",
+    ];
     type Plan = Plan;
 
     fn cloud(&self) -> &Cloud {
@@ -372,6 +445,7 @@ impl Workflow for FirmwareUpgrade {
         self.proxy.disturb(&rules).await;
         let (runs, ended) = match &plan.behaviour {
             Behaviour::Scripted { moves, late } => self.play(case, &spec, &target, moves, late).await?,
+            Behaviour::Cancelled { after } => self.cancel(case, &spec, &target, *after).await?,
             behaviour => {
                 if let Behaviour::Simulated(Some((fault, _, _))) = behaviour {
                     spec.faults = Faults(vec![*fault]);
@@ -385,6 +459,10 @@ impl Workflow for FirmwareUpgrade {
         let version = if ended.status == Succeeded { TO } else { FROM };
         same("the version in the registry", &recorded.as_str(), &version)?;
         if ended.status == Succeeded { same("the version on the device", &runs.as_str(), &TO) } else { Ok(()) }
+    }
+
+    fn disturbances(plan: &Plan) -> &[Disturbance] {
+        &plan.disturbances
     }
 
     fn dead_letters(plan: &Plan) -> Vec<&'static str> {

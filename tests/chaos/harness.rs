@@ -1,6 +1,6 @@
 //! Makes up cases, runs many of them at the same time, and says what became of each.
 
-use aws_proxy::rules::{Rule, State};
+use crate::disturbance::{self, Disturbance};
 use aws_sdk_sfn::types::{ExecutionListItem, ExecutionStatus};
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
@@ -17,7 +17,7 @@ use std::panic::AssertUnwindSafe;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
-use tests::Cloud;
+use tests::{Cloud, Proxy};
 
 /// How many cases a slice has, how many run at the same time, and with which seed.
 const QUICK_CASES: usize = 8;
@@ -33,6 +33,8 @@ const POLL: Duration = Duration::from_secs(2);
 pub(crate) trait Workflow: Sync {
     /// Its name, short enough to be part of a thing's name.
     const NAME: &'static str;
+    /// The queues that its messages pass.
+    const QUEUES: &'static [&'static str];
     /// What a case is made of.
     type Plan: Display + Send + Sync;
 
@@ -44,6 +46,9 @@ pub(crate) trait Workflow: Sync {
 
     /// Carries it out, and looks at what came of it.
     fn run(&self, case: &Case, plan: &Self::Plan) -> impl Future<Output = Verdict> + Send;
+
+    /// What is done to its calls.
+    fn disturbances(plan: &Self::Plan) -> &[Disturbance];
 
     /// The dead letters about a case that are as they should be, by the name of the error.
     fn dead_letters(_plan: &Self::Plan) -> Vec<&'static str> {
@@ -180,38 +185,6 @@ impl Executions {
     }
 }
 
-/// The proxy before the local cloud.
-pub(crate) struct Proxy {
-    http: reqwest::Client,
-    rules: String,
-}
-
-impl Proxy {
-    /// The one that the environment names.
-    pub(crate) fn new() -> Self {
-        let proxy = std::env::var("FLEETFLOW_PROXY").expect("FLEETFLOW_PROXY: run these tests with `cargo xtask test`");
-        Self { http: reqwest::Client::new(), rules: format!("{proxy}/_proxy/rules") }
-    }
-
-    /// Disturbs from now on as these rules say.
-    pub(crate) async fn disturb(&self, rules: &[Rule]) {
-        let body = serde_json::to_vec(rules).expect("JSON");
-        let post = self.http.post(&self.rules).header("content-type", "application/json").body(body).send().await;
-        post.and_then(reqwest::Response::error_for_status).expect("the proxy takes the rules");
-    }
-
-    /// What the rules have done, by their names.
-    async fn disturbed(&self) -> HashMap<String, Vec<String>> {
-        let answer = self.http.get(&self.rules).send().await.expect("the proxy");
-        let states: Vec<State> = serde_json::from_slice(&answer.bytes().await.expect("the proxy")).expect("its rules");
-        let mut disturbed: HashMap<String, Vec<String>> = HashMap::new();
-        for State { rule, disturbed: calls, .. } in states {
-            disturbed.entry(rule.name).or_default().extend(calls);
-        }
-        disturbed
-    }
-}
-
 /// What the environment asks for.
 struct Run {
     seed: u64,
@@ -296,11 +269,13 @@ pub(crate) async fn prove<W: Workflow>(workflow: W) {
         }
     }
     drop(verdicts);
+    drain(&workflow).await;
     for (number, failure) in workflow.audit(&cases).await.into_iter().chain(lost::<W>(&workflow, &cases).await) {
         failures.entry(number).or_insert(failure);
     }
     let disturbed = Proxy::new().disturbed().await;
     let report = report::<W>(&run, &cases, &failures, &disturbed, begin.elapsed());
+    say_what_was_never_disturbed::<W>(&cases, &disturbed);
     show(&report);
     if let Some(folder) = &run.report {
         std::fs::create_dir_all(folder).expect("a folder");
@@ -322,6 +297,35 @@ async fn verdict<W: Workflow>(workflow: &W, case: &Case, plan: &W::Plan) -> (usi
         }
     };
     (case.number, verdict)
+}
+
+/// Waits until no message is under way any more: what a queue gives up only then is among the dead letters, and what comes
+/// twice may still do its harm.
+async fn drain<W: Workflow>(workflow: &W) {
+    for queue in W::QUEUES {
+        let what = format!("{queue} is empty");
+        let drained = eventually(&what, || async { workflow.cloud().is_drained(queue).await.then_some(()) });
+        drained.await.unwrap_or_else(|failure| panic!("{}: {failure:?}", W::NAME));
+    }
+}
+
+/// The calls at which functions should have been killed or refused, and at which nothing has happened: the cases were made
+/// up so that they never came to that call, or not so often.
+fn say_what_was_never_disturbed<W: Workflow>(cases: &[(Case, W::Plan)], disturbed: &HashMap<String, Vec<String>>) {
+    let mut reached: BTreeMap<String, bool> = BTreeMap::new();
+    for (case, plan) in cases {
+        for (function, operation) in W::disturbances(plan).iter().filter_map(Disturbance::point) {
+            let is_it = |call: &String| {
+                call.ends_with(&format!(" {operation}")) && function.is_none_or(|function| call.contains(function))
+            };
+            let is_reached = disturbed.get(&case.name).is_some_and(|calls| calls.iter().any(is_it));
+            *reached.entry(disturbance::name((function, operation))).or_default() |= is_reached;
+        }
+    }
+    let never: Vec<&str> = reached.iter().filter(|(_, is)| !**is).map(|(point, _)| point.as_str()).collect();
+    if !never.is_empty() {
+        println!("{}: never disturbed: {}", W::NAME, never.join(", "));
+    }
 }
 
 /// The cases of which a message is among the dead letters that should not be there, or is not there and should: what was delivered

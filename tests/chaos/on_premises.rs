@@ -2,7 +2,7 @@
 //! client; those of the other are for two processes of the real worker.
 
 use crate::disturbance::{Disturbance, Point};
-use crate::harness::{Case, Ended, Executions, Failure, Proxy, Verdict, Workflow, eventually, same};
+use crate::harness::{Case, Ended, Executions, Failure, Verdict, Workflow, eventually, same};
 use aws_sdk_dynamodb::types::AttributeValue;
 use aws_sdk_sfn::types::ExecutionStatus;
 use protocol::on_premises::{
@@ -18,7 +18,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
-use tests::{Cloud, MqttDevice, PlainWorker, WorkerProcess};
+use tests::{Cloud, MqttDevice, PlainWorker, Proxy, WorkerProcess};
 
 /// Whose workers are spoken by hand, and whose are real.
 const BY_HAND: &str = "tenant1";
@@ -48,8 +48,8 @@ const POINTS: &[Point] = &[
 const INPUTS: [usize; 5] = [0, 0, 0, 100_000, 140_000];
 /// Sizes of results: the larger ones do not fit into an output beside the largest input.
 const RESULTS: [usize; 4] = [0, 0, 0, 125_000];
-/// A result that fits into no message, and not into an output.
-const UPLOADED: usize = 300_000;
+/// Results that fit into no message: the second fits into an output.
+const UPLOADED: [usize; 2] = [300_000, 200_000];
 /// What a state's data may hold, and what else is in it (see `worker_jobs.rs`).
 const ROOM: usize = 256 * 1024 - 2048;
 
@@ -170,7 +170,10 @@ impl Plan {
     fn new(random: &mut StdRng, number: usize) -> Self {
         let (behaviour, disturbances) = match number % 6 {
             0 => (scripted(random), vec![]),
-            1 => (honest(random), vec![Disturbance::kill(random, POINTS)]),
+            1 => {
+                let kill = Disturbance::kill_in_turn(random, POINTS, number / 6);
+                (kill.point().and_then(reaching).unwrap_or_else(|| honest(random)), vec![kill])
+            }
             2 => (honest(random), vec![Disturbance::refuse(random, POINTS)]),
             3 => (leased(random), vec![]),
             4 => (real(random), vec![]),
@@ -191,8 +194,17 @@ impl Plan {
         let (mut input_bytes, mut result_bytes) = (*INPUTS.choose(random).unwrap(), *RESULTS.choose(random).unwrap());
         match behaviour {
             Behaviour::Real(_) | Behaviour::Refused(_) => (input_bytes, result_bytes) = (0, 0),
-            Behaviour::Leased { uploads: true, .. } => result_bytes = UPLOADED,
+            Behaviour::Leased { uploads: true, .. } => result_bytes = *UPLOADED.choose(random).unwrap(),
             _ => {}
+        }
+        if number % 6 == 1 {
+            // The call at which the function is killed must come.
+            match disturbances[0].point() {
+                Some((Some("PublishToDevice"), "s3.PutObject")) => input_bytes = 140_000,
+                Some((_, "s3.PutObject")) => (input_bytes, result_bytes) = (140_000, 125_000),
+                Some((_, "s3.GetObject")) => (input_bytes, result_bytes) = (0, 200_000),
+                _ => {}
+            }
         }
         Self { start, input_bytes, result_bytes, behaviour, disturbances }
     }
@@ -277,6 +289,19 @@ fn honest(random: &mut StdRng) -> Behaviour {
         4 => Behaviour::Leased { rival: Rival::Nobody, renewals: 1, uploads: true, twice: false },
         _ => Behaviour::Real(Task::Add),
     }
+}
+
+/// What workers do when that call is made, where that is not all the same.
+fn reaching((_, operation): Point) -> Option<Behaviour> {
+    let plain = |one| Behaviour::Plain { moves: vec![one], late: vec![] };
+    Some(match operation {
+        "s3.PutObject" => plain(Move::Result),
+        "states.SendTaskFailure" => plain(Move::Exception(0)),
+        "s3.HeadObject" | "s3.GetObject" => {
+            Behaviour::Leased { rival: Rival::Nobody, renewals: 0, uploads: true, twice: false }
+        }
+        _ => return None,
+    })
 }
 
 fn scripted(random: &mut StdRng) -> Behaviour {
@@ -453,7 +478,7 @@ impl OnPremises {
     }
 
     async fn publish(&self, topic: String, payload: Vec<u8>) {
-        self.voice.publish(Publication { topic, payload }).await;
+        self.voice.send(Publication { topic, payload }).await;
     }
 
     async fn say(&self, case: &Case, plan: &Plan, job: &JobMessage, one: Move) {
@@ -484,7 +509,7 @@ impl OnPremises {
         let (voice, tenant) =
             if one == Move::WrongTenant { (&self.intruder, other()) } else { (&self.voice, self.tenant.clone()) };
         let payload = payload.to_string().into_bytes();
-        voice.publish(Publication { topic: answers_topic(&tenant), payload }).await;
+        voice.send(Publication { topic: answers_topic(&tenant), payload }).await;
     }
 
     async fn plain(&self, case: &Case, plan: &Plan, moves: &[Move], late: &[Move]) -> Result<Ended, Failure> {
@@ -807,6 +832,7 @@ fn brief(end: &Result<Value, String>) -> String {
 
 impl Workflow for OnPremises {
     const NAME: &'static str = "worker";
+    const QUEUES: &'static [&'static str] = &["JobSchedulesQueue", "Tenant1AnswersQueue", "Tenant2AnswersQueue"];
     type Plan = Plan;
 
     fn cloud(&self) -> &Cloud {
@@ -841,6 +867,10 @@ impl Workflow for OnPremises {
         }
         let ends: Vec<String> = ends.iter().map(brief).collect();
         Err(Failure::Wrong(format!("it ended with {}, expected one of {ends:?}", brief(&outcome))))
+    }
+
+    fn disturbances(plan: &Plan) -> &[Disturbance] {
+        &plan.disturbances
     }
 
     fn dead_letters(plan: &Plan) -> Vec<&'static str> {

@@ -1,7 +1,7 @@
 //! Recoveries of failed updates: one thing a case, which reports failures and successes.
 
 use crate::disturbance::{Disturbance, Point};
-use crate::harness::{Case, Ended, Executions, Failure, Proxy, Verdict, Workflow, eventually, same};
+use crate::harness::{Case, Ended, Executions, Failure, Verdict, Workflow, eventually, same};
 use aws_sdk_iotdataplane::primitives::Blob;
 use aws_sdk_sfn::types::ExecutionStatus;
 use device_simulator::provision::ProtocolMix;
@@ -13,7 +13,7 @@ use rand::rngs::StdRng;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::fmt;
-use tests::{Cloud, MqttDevice, ORIGINAL, now};
+use tests::{Cloud, MqttDevice, ORIGINAL, Proxy, now};
 
 /// How many failures a cycle has in the tests' stack.
 const ATTEMPTS: u64 = 10;
@@ -44,6 +44,8 @@ enum Event {
     Success { times: u32 },
     /// Something that nobody can read.
     Malformed,
+    /// A failure in a message that is too large.
+    Oversized,
     /// A failure that another device reports.
     WrongDevice,
     /// An operator releases it, which also forgets what was counted.
@@ -67,21 +69,41 @@ impl Plan {
     fn new(random: &mut StdRng, number: usize) -> Self {
         let disturbances = match number % 4 {
             0 => vec![],
-            1 => vec![Disturbance::kill(random, POINTS)],
+            1 => vec![Disturbance::kill_in_turn(random, POINTS, number / 4)],
             2 => vec![Disturbance::refuse(random, POINTS)],
             _ => vec![Disturbance::kill(random, POINTS), Disturbance::refuse(random, POINTS)],
         };
-        let events = (0..random.random_range(1..=4)).map(|_| event(random)).collect();
+        let point = disturbances.first().filter(|_| number % 4 == 1).and_then(Disturbance::point);
+        let mut events = point.map_or_else(Vec::new, reaching);
+        events.extend((0..random.random_range(1..=4)).map(|_| event(random)));
         Self { events, disturbances }
+    }
+
+    /// How many failures there are in all.
+    fn failures(&self) -> usize {
+        let count = |event: &Event| if let Event::Failures { count, .. } = event { *count as usize } else { 0 };
+        self.events.iter().map(count).sum()
+    }
+}
+
+/// What must happen so that that call is made.
+fn reaching(point: Point) -> Vec<Event> {
+    let failures = |count| Event::Failures { count, repeats: 0 };
+    match point {
+        (Some("RecordSuccess"), _) => vec![failures(3), Event::Success { times: 1 }],
+        (_, "iot.RemoveThingFromThingGroup") => vec![failures(10), failures(10), Event::Release],
+        (Some("RestoreAttributes"), _) => vec![failures(10)],
+        _ => vec![failures(1)],
     }
 }
 
 fn event(random: &mut StdRng) -> Event {
-    match random.random_range(0..10) {
+    match random.random_range(0..11) {
         0..=5 => Event::Failures { count: random.random_range(1..=12), repeats: random.random_range(0..4) },
         6 => Event::Success { times: random.random_range(1..=2) },
         7 => Event::Malformed,
         8 => Event::WrongDevice,
+        9 => Event::Oversized,
         _ => Event::Release,
     }
 }
@@ -139,9 +161,13 @@ impl Recovery {
                 .await
             }
             Event::Malformed => {
-                let payload = json!({"_id_": thing, "timestamp": "x", "status": "failed"}).to_string().into_bytes();
-                let publish = self.cloud.mqtt.publish().topic(UPDATE_REPORTS_TOPIC).qos(1);
-                publish.payload(Blob::new(payload)).send().await.expect("published");
+                self.say(&json!({"_id_": thing, "timestamp": "x", "status": "failed"})).await;
+                Ok(())
+            }
+            Event::Oversized => {
+                let padding = "x".repeat(protocol::MAX_PAYLOAD_BYTES);
+                let timestamp = now().to_string();
+                self.say(&json!({"_id_": thing, "timestamp": timestamp, "status": "failed", "x": padding})).await;
                 Ok(())
             }
             Event::WrongDevice => {
@@ -165,6 +191,11 @@ impl Recovery {
                 same("the release", &right, &true)
             }
         }
+    }
+
+    async fn say(&self, report: &Value) {
+        let publish = self.cloud.mqtt.publish().topic(UPDATE_REPORTS_TOPIC).qos(1);
+        publish.payload(Blob::new(report.to_string().into_bytes())).send().await.expect("published");
     }
 
     /// Each failure has been counted once, in its turn, or ignored while the thing was held.
@@ -209,6 +240,7 @@ fn place(output: &Value) -> Option<(u64, &str)> {
 
 impl Workflow for Recovery {
     const NAME: &'static str = "recovery";
+    const QUEUES: &'static [&'static str] = &["FailedUpdatesQueue", "SucceededUpdatesQueue"];
     type Plan = Plan;
 
     fn cloud(&self) -> &Cloud {
@@ -236,25 +268,31 @@ impl Workflow for Recovery {
         same("the place among the given up", &self.cloud.is_in_failed_group(&thing).await, &history.quarantined)
     }
 
+    fn disturbances(plan: &Plan) -> &[Disturbance] {
+        &plan.disturbances
+    }
+
     fn dead_letters(plan: &Plan) -> Vec<&'static str> {
         let error = |event: &Event| match event {
             Event::Malformed => Some("MalformedMessage"),
+            Event::Oversized => Some("MessageTooLarge"),
             Event::WrongDevice => Some("SenderMismatch"),
             _ => None,
         };
         plan.events.iter().filter_map(error).collect()
     }
 
-    /// Operators are told once of each quarantine.
+    /// Operators are told once of each quarantine, and each failure has one execution, however late it was said again.
     async fn audit(&self, cases: &[(Case, Plan)]) -> BTreeMap<usize, Failure> {
         let told = self.told().await;
         let mut failures = BTreeMap::new();
-        for (case, _) in cases {
+        for (case, plan) in cases {
             let ended = eventually("its recoveries end", || self.executions.ended(&self.cloud, &case.name)).await;
             let ended = ended.unwrap_or_default();
             let quarantines = ended.iter().filter(|one| one.output["outcome"] == "QUARANTINED").count();
             let messages = told.iter().filter(|thing| thing.starts_with(&case.name)).count();
-            if let Err(failure) = same("the messages to the operators", &messages, &quarantines) {
+            let once = same("the recoveries", &ended.len(), &plan.failures());
+            if let Err(failure) = once.and(same("the messages to the operators", &messages, &quarantines)) {
                 failures.insert(case.number, failure);
             }
         }

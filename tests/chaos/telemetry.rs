@@ -1,7 +1,7 @@
 //! Telemetry: one sensor a case, in a building of its own.
 
 use crate::disturbance::{Disturbance, Point};
-use crate::harness::{Case, Failure, Proxy, Verdict, Workflow, eventually, same};
+use crate::harness::{Case, Failure, Verdict, Workflow, eventually, same};
 use aws_proxy::rules::Rule;
 use aws_sdk_cloudwatch::primitives::DateTime;
 use aws_sdk_cloudwatch::types::{Dimension, Statistic};
@@ -20,7 +20,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
 use std::io::Read;
 use std::time::{Duration, Instant};
-use tests::{Cloud, MqttDevice, now};
+use tests::{Cloud, MqttDevice, Proxy, now};
 
 /// The calls about a sensor that have its name or its building's in them.
 const POINTS: &[Point] = &[
@@ -118,8 +118,10 @@ impl Plan {
             3 => &[honest, honest, reconnect],
             _ => &[message, reconnect],
         };
-        if matches!(number % 5, 1 | 4) {
-            plan.disturb(random, Disturbance::kill);
+        match number % 5 {
+            1 => plan.disturbances.push(Disturbance::kill_in_turn(random, POINTS, number / 5)),
+            4 => plan.disturb(random, Disturbance::kill),
+            _ => {}
         }
         if matches!(number % 5, 2 | 4) {
             plan.disturb(random, Disturbance::refuse);
@@ -571,6 +573,7 @@ async fn rows(cloud: &Cloud, table: &str, device: &str) -> BTreeMap<String, Valu
 
 impl Workflow for Telemetry {
     const NAME: &'static str = "sensor";
+    const QUEUES: &'static [&'static str] = &["TelemetryQueue", "RemediationChecksQueue"];
     type Plan = Plan;
 
     fn cloud(&self) -> &Cloud {
@@ -595,6 +598,10 @@ impl Workflow for Telemetry {
         let traces = Traces { device, known: sensor.known, plain: sensor.plain, told };
         self.traces.lock().await.insert(case.number, traces);
         Ok(())
+    }
+
+    fn disturbances(plan: &Plan) -> &[Disturbance] {
+        &plan.disturbances
     }
 
     fn dead_letters(plan: &Plan) -> Vec<&'static str> {
