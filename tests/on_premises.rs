@@ -364,6 +364,8 @@ async fn a_worker_that_dies_is_replaced_by_the_other() {
     // The first one comes back, and does nothing.
     workers[first].restart();
     std::fs::write(workers[second].file("go"), "").unwrap();
+    // Its program is still there: it ends as well.
+    std::fs::write(workers[first].file("go"), "").unwrap();
     let ended = await_job(&cloud, &arn).await;
     assert_eq!(ended.output["lambdaOutput"], json!({"result": {"done": true}}), "{ended:?}");
     for worker in &mut workers {

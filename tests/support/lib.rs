@@ -5,6 +5,7 @@ mod cloud;
 mod crash;
 mod mqtt_device;
 mod outage;
+mod proxy;
 mod pushes;
 mod recoveries;
 mod scripted_device;
@@ -15,10 +16,11 @@ pub use cloud::{Cloud, Ended, Image, kill_functions, meeting, names, with_faults
 pub use crash::{Crash, crashing};
 pub use mqtt_device::MqttDevice;
 pub use outage::{Outage, Refusal, refusing};
+pub use proxy::Proxy;
 pub use pushes::{Pushed, settings_api};
 pub use recoveries::ORIGINAL;
 pub use scripted_device::ScriptedDevice;
-pub use workers::{PlainWorker, WorkerProcess, alone, await_job};
+pub use workers::{PlainWorker, WorkerProcess, alone, await_job, undisturbed, without_others};
 
 /// How long a test waits for something that must happen before it says that it did not.
 pub const PATIENCE: std::time::Duration = std::time::Duration::from_mins(5);

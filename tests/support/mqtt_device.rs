@@ -4,7 +4,7 @@ use crate::{Cloud, PATIENCE};
 use device_simulator::DeviceSpec;
 use protocol::settings::{SettingCommand, SettingOutcome, SettingResponse, request_topic};
 use protocol::{OperationId, Publication, SettingName, ThingName};
-use rumqttc::{AsyncClient, Event, MqttOptions, Packet, Publish, QoS, Transport};
+use rumqttc::{AsyncClient, Event, MqttOptions, NetworkOptions, Packet, Publish, QoS, Transport};
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 
@@ -15,6 +15,7 @@ pub struct MqttDevice {
     client: AsyncClient,
     messages: mpsc::UnboundedReceiver<Publish>,
     subscriptions: mpsc::UnboundedReceiver<()>,
+    acknowledged: tokio::sync::Mutex<mpsc::UnboundedReceiver<()>>,
     connection: tokio::task::JoinHandle<()>,
 }
 
@@ -43,14 +44,18 @@ impl MqttDevice {
         options.set_clean_session(clean_session);
         options.set_max_packet_size(256 * 1024, 2 * 1024 * 1024);
         let (client, mut events) = AsyncClient::new(options, 64);
+        // A busy machine takes its time.
+        events.set_network_options(NetworkOptions::new().set_connection_timeout(60).clone());
         let (received, messages) = mpsc::unbounded_channel();
         let (subscribed, subscriptions) = mpsc::unbounded_channel();
+        let (publication, acknowledged) = mpsc::unbounded_channel();
         let (connected, mut connections) = mpsc::unbounded_channel();
         let connection = tokio::spawn(async move {
             loop {
                 match events.poll().await {
                     Ok(Event::Incoming(Packet::ConnAck(_))) => drop(connected.send(())),
                     Ok(Event::Incoming(Packet::SubAck(_))) => drop(subscribed.send(())),
+                    Ok(Event::Incoming(Packet::PubAck(_))) => drop(publication.send(())),
                     Ok(Event::Incoming(Packet::Publish(message))) => drop(received.send(message)),
                     Ok(_) => {}
                     Err(_) => tokio::time::sleep(Duration::from_millis(200)).await,
@@ -59,7 +64,7 @@ impl MqttDevice {
         });
         let online = tokio::time::timeout(PATIENCE, connections.recv()).await;
         online.expect("the device connects in time").expect("the device connects");
-        Self { thing, client, messages, subscriptions, connection }
+        Self { thing, client, messages, subscriptions, acknowledged: acknowledged.into(), connection }
     }
 
     /// Subscribes and waits until the broker has confirmed it.
@@ -75,8 +80,18 @@ impl MqttDevice {
         next.unwrap_or_else(|_| panic!("{} waited in vain for a message", self.thing)).expect("connected")
     }
 
-    /// Publishes whatever it is.
+    /// Publishes whatever it is, and waits until the broker has it: the local one has then put it into the rules' queues.
     pub async fn publish(&self, message: Publication) {
+        let mut acknowledged = self.acknowledged.lock().await;
+        // What was sent without waiting.
+        while acknowledged.try_recv().is_ok() {}
+        self.send(message).await;
+        let taken = tokio::time::timeout(PATIENCE, acknowledged.recv()).await;
+        taken.expect("the broker takes it in time").expect("connected");
+    }
+
+    /// Publishes whatever it is, and goes on: the broker may not take it.
+    pub async fn send(&self, message: Publication) {
         self.client.publish(message.topic, QoS::AtLeastOnce, false, message.payload).await.expect("publish");
     }
 

@@ -19,22 +19,23 @@ use crate::settings_api::SettingsApi;
 /// function had begun (a minute).
 const STEP_TIMEOUT_SECONDS: &str = "90";
 
-/// Template parameters of the end-to-end tests: deadlines of seconds, where AWS gets minutes and hours.
+/// Template parameters of the end-to-end tests: deadlines of seconds, where AWS gets minutes and hours. Three attempts take
+/// longer than a queue waits before it delivers again what a killed function had begun.
 const TEST_PARAMETERS: &[(&str, &str)] = &[
-    ("AcknowledgeTimeoutSeconds", "20"),
+    ("AcknowledgeTimeoutSeconds", "30"),
     ("TransferTimeoutSeconds", STEP_TIMEOUT_SECONDS),
     ("InstallTimeoutSeconds", STEP_TIMEOUT_SECONDS),
     ("RebootTimeoutSeconds", STEP_TIMEOUT_SECONDS),
-    ("SettingTimeoutSeconds", "15"),
+    ("SettingTimeoutSeconds", "25"),
     ("ParkingSeconds", "30"),
     ("WorkerTimeoutSeconds", "75"),
     ("WorkerHeartbeatSeconds", "45"),
     ("WorkerLeaseSeconds", "15"),
     ("MaxResultBytes", "2097152"),
-    ("SettlingSeconds", "3"),
+    ("SettlingSeconds", "10"),
     ("TelemetryWindowSeconds", "1"),
-    ("TemperatureCoolDownSeconds", "4"),
-    ("RemediationEffectSeconds", "3"),
+    ("TemperatureCoolDownSeconds", "12"),
+    ("RemediationEffectSeconds", "6"),
 ];
 
 /// End-to-end tests mostly wait: more at the same time than there are processors.
