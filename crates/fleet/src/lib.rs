@@ -19,3 +19,7 @@ pub mod telemetry;
 pub mod workflows;
 
 pub use error::{Error, ErrorName};
+
+#[cfg(feature = "mimalloc")]
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
