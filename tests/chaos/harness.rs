@@ -302,11 +302,15 @@ async fn verdict<W: Workflow>(workflow: &W, case: &Case, plan: &W::Plan) -> (usi
 /// Waits until no message is under way any more: what a queue gives up only then is among the dead letters, and what comes
 /// twice may still do its harm.
 async fn drain<W: Workflow>(workflow: &W) {
-    for queue in W::QUEUES {
-        let what = format!("{queue} is empty");
-        let drained = eventually(&what, || async { workflow.cloud().is_drained(queue).await.then_some(()) });
-        drained.await.unwrap_or_else(|failure| panic!("{}: {failure:?}", W::NAME));
-    }
+    let drained = eventually("its queues are empty", || async {
+        for queue in W::QUEUES {
+            if !workflow.cloud().is_drained(queue).await {
+                return None;
+            }
+        }
+        Some(())
+    });
+    drained.await.unwrap_or_else(|failure| panic!("{}: {failure:?}", W::NAME));
 }
 
 /// The calls at which functions should have been killed or refused, and at which nothing has happened: the cases were made
