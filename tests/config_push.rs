@@ -3,6 +3,7 @@
 //! `cargo xtask test` runs these tests; they need its local cloud.
 #![allow(clippy::unwrap_used)]
 
+use aws_proxy::rules::{Effect, Rule};
 use aws_sdk_sfn::types::ExecutionStatus::{Failed, Succeeded};
 use aws_sdk_sfn::types::HistoryEventType;
 use base64::{Engine, prelude::BASE64_STANDARD};
@@ -17,7 +18,9 @@ use rumqttc::QoS;
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::time::Duration;
-use tests::{Cloud, MqttDevice, Pushed, eventually, kill_functions, names, seeded_choices, settings_api, with_faults};
+use tests::{
+    Cloud, MqttDevice, Proxy, Pushed, eventually, kill_functions, names, seeded_choices, settings_api, with_faults,
+};
 
 fn number(value: f64) -> SettingValue {
     SettingValue::Number(serde_json::Number::from_f64(value).unwrap())
@@ -526,7 +529,6 @@ async fn every_fault_of_a_device_has_its_end() {
 #[tokio::test]
 #[ignore = "needs the local cloud: cargo xtask test"]
 async fn killed_functions_lose_no_push() {
-    let _others_wait = tests::without_others().await;
     let cloud = Cloud::connect().await;
     let devices = cloud.provision_with_profiles("push-killed", 12).await;
     let things = names(&devices);
@@ -535,12 +537,26 @@ async fn killed_functions_lose_no_push() {
         Cloud::wants(thing, temperature(16.5));
         settings_api().fail(&profile(thing), vec![ApiFault::Slow(Duration::from_secs(3))]);
     }
-    let fleet = Cloud::run(devices, 0).await;
-    let kill = |function: &'static str| {
-        eventually(function, move || async move { (kill_functions(function) > 0).then_some(()) })
+    let prefix = things[0].as_str().rsplit_once('-').unwrap().0;
+    let kill = |(function, operation, effect): (&str, &str, Effect)| Rule {
+        name: prefix.to_owned(),
+        contains: format!("{prefix}-"),
+        function: Some(function.to_owned()),
+        operation: Some(operation.to_owned()),
+        skip: 1,
+        times: 1,
+        effect,
     };
-    kill("TrackPresenceFunction").await;
-    kill("StartWorkflowFunction").await;
+    let kills = [
+        ("TrackPresence", "dynamodb.UpdateItem", Effect::KillAfter),
+        ("StartWorkflow", "states.StartExecution", Effect::KillAfter),
+        ("PublishToDevice", "dynamodb.UpdateItem", Effect::KillAfter),
+        ("PublishToDevice", "iotdata.Publish", Effect::KillAfter),
+        ("HandleDeviceResponse", "dynamodb.UpdateItem", Effect::KillAfter),
+    ];
+    let proxy = Proxy::new();
+    proxy.disturb(&kills.map(kill)).await;
+    let fleet = Cloud::run(devices, 0).await;
     // While it waits for the API's answer.
     eventually("the API is asked", || async {
         things.iter().any(|thing| settings_api().requests(&profile(thing)) == 1).then_some(())
@@ -551,21 +567,12 @@ async fn killed_functions_lose_no_push() {
         things.iter().any(|thing| settings_api().requests(&profile(thing)) > 1).then_some(())
     })
     .await;
-    // Between its write and its message, or close to it.
-    eventually("a push begins", || async {
-        futures_util::future::join_all(things.iter().map(|thing| cloud.push_of(thing)))
-            .await
-            .into_iter()
-            .find_map(|push| push)
-    })
-    .await;
-    kill("PublishToDeviceFunction").await;
-    kill("HandleDeviceResponseFunction").await;
     for thing in &things {
         let pushes = cloud.pushed(thing, 1).await;
         assert!(pushes.len() == 1 && pushes[0].status == Succeeded, "{pushes:?}");
         assert_eq!(fleet.applied(thing), 1);
     }
+    assert_eq!(proxy.disturbed().await[prefix].len(), kills.len());
     fleet.stop().await;
 }
 
