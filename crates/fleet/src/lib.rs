@@ -19,7 +19,3 @@ pub mod telemetry;
 pub mod workflows;
 
 pub use error::{Error, ErrorName};
-
-#[cfg(feature = "mimalloc")]
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;

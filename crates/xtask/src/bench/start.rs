@@ -71,9 +71,8 @@ pub(super) fn measure(project: &Project) -> Result<Findings> {
 }
 
 fn variants(project: &Project) -> Result<Vec<Variant>> {
-    let build = |about, name: &str, settings: &[(&str, &str)]| {
-        let folder = project.root.join("target/bench/start").join(name);
-        let (path, time) = build(project, &folder, settings, &[])?;
+    let build = |about, folder: &str, settings: &[(&str, &str)]| {
+        let (path, time) = build(project, folder, settings)?;
         Ok::<Variant, anyhow::Error>(Variant::new(about, path, Some(time)))
     };
     let as_it_is = build("as it is", "as-it-is", &[])?;
@@ -84,39 +83,23 @@ fn variants(project: &Project) -> Result<Vec<Variant>> {
     let known = AUTHORITIES.into_iter().find(|(file, _)| Path::new(file).exists());
     let (file, folder) = known.context("the certificate authorities of this system are nowhere known")?;
     reading.binary.variables.extend([("SSL_CERT_FILE", file), ("SSL_CERT_DIR", folder)].map(owned));
-    let allocating = Variant::new("mimalloc in place of the system's allocator", mimalloc(project)?, None);
     let smallest = Variant::new("a program that only asks", smallest(project)?, None);
-    Ok(vec![as_it_is, reading, allocating, optimised, linked, smallest])
-}
-
-/// Builds the function with another allocator. All that it depends on has been built for it as it is.
-fn mimalloc(project: &Project) -> Result<PathBuf> {
-    let folder = project.root.join("target/bench/start/as-it-is");
-    let (path, _) = build(project, &folder, &[], &["--features", "mimalloc"])?;
-    let kept = project.root.join("target/bench/start/mimalloc");
-    fs::rename(&path, &kept)?;
-    // The next build is the function as it is, again.
-    build(project, &folder, &[], &[])?;
-    Ok(kept)
+    Ok(vec![as_it_is, reading, optimised, linked, smallest])
 }
 
 fn owned((name, value): (&str, &str)) -> (String, String) {
     (name.to_owned(), value.to_owned())
 }
 
-/// Builds the function with those settings of the profile; its path, and the processor's time that it took the first time in
-/// that folder, from nothing.
-fn build(
-    project: &Project,
-    target: &Path,
-    settings: &[(&str, &str)],
-    features: &[&str],
-) -> Result<(PathBuf, Duration)> {
+/// Builds the function with those settings of the profile; its path, and the processor's time that it took the first time, from
+/// nothing.
+fn build(project: &Project, folder: &str, settings: &[(&str, &str)]) -> Result<(PathBuf, Duration)> {
     let venvs = Venvs::ready(project)?;
-    fs::create_dir_all(target)?;
+    let target = project.root.join("target/bench/start").join(folder);
+    fs::create_dir_all(&target)?;
     let mut build = project.command("cargo");
-    build.args(["lambda", "build", "--release", "--bin", FUNCTION]).args(features);
-    build.env("PATH", venvs.build.path()).env("CARGO_TARGET_DIR", target);
+    build.args(["lambda", "build", "--release", "--bin", FUNCTION]);
+    build.env("PATH", venvs.build.path()).env("CARGO_TARGET_DIR", &target);
     build.envs(settings.iter().map(|(name, value)| (format!("CARGO_PROFILE_RELEASE_{name}"), value)));
     let settings = settings.iter().map(|(name, value)| format!("{name}={value} ")).collect::<String>();
     let step = Step::start(format!("$ {settings}{}", project.line(&build)));
