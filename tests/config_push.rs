@@ -3,7 +3,6 @@
 //! `cargo xtask test` runs these tests; they need its local cloud.
 #![allow(clippy::unwrap_used)]
 
-use aws_proxy::rules::{Effect, Rule};
 use aws_sdk_sfn::types::ExecutionStatus::{Failed, Succeeded};
 use aws_sdk_sfn::types::HistoryEventType;
 use base64::{Engine, prelude::BASE64_STANDARD};
@@ -538,24 +537,15 @@ async fn killed_functions_lose_no_push() {
         settings_api().fail(&profile(thing), vec![ApiFault::Slow(Duration::from_secs(3))]);
     }
     let prefix = things[0].as_str().rsplit_once('-').unwrap().0;
-    let kill = |(function, operation, effect): (&str, &str, Effect)| Rule {
-        name: prefix.to_owned(),
-        contains: format!("{prefix}-"),
-        function: Some(function.to_owned()),
-        operation: Some(operation.to_owned()),
-        skip: 1,
-        times: 1,
-        effect,
-    };
     let kills = [
-        ("TrackPresence", "dynamodb.UpdateItem", Effect::KillAfter),
-        ("StartWorkflow", "states.StartExecution", Effect::KillAfter),
-        ("PublishToDevice", "dynamodb.UpdateItem", Effect::KillAfter),
-        ("PublishToDevice", "iotdata.Publish", Effect::KillAfter),
-        ("HandleDeviceResponse", "dynamodb.UpdateItem", Effect::KillAfter),
+        ("TrackPresence", "dynamodb.UpdateItem"),
+        ("StartWorkflow", "states.StartExecution"),
+        ("PublishToDevice", "dynamodb.UpdateItem"),
+        ("PublishToDevice", "iotdata.Publish"),
+        ("HandleDeviceResponse", "dynamodb.UpdateItem"),
     ];
-    let proxy = Proxy::new();
-    proxy.disturb(&kills.map(kill)).await;
+    let proxy = Proxy::from_environment();
+    proxy.disturb(&kills.map(|(function, operation)| Proxy::kill_after(prefix, function, operation, 1))).await;
     let fleet = Cloud::run(devices, 0).await;
     // While it waits for the API's answer.
     eventually("the API is asked", || async {

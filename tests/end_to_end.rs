@@ -3,7 +3,6 @@
 //! `cargo xtask test` runs them; they need its local cloud.
 #![allow(clippy::unwrap_used)]
 
-use aws_proxy::rules::{Effect, Rule};
 use aws_sdk_iot::types::JobExecutionStatus::{self, Failed, InProgress, Succeeded, TimedOut};
 use aws_sdk_sfn::types::{ExecutionStatus, HistoryEventType};
 use base64::Engine;
@@ -499,16 +498,8 @@ async fn a_killed_function_loses_nothing() {
     let thing = &things[0];
     let name = thing.as_str().rsplit_once('-').unwrap().0;
     // Apart from each other, for a message that is given to five functions that die is given up.
-    let kill = |skip| Rule {
-        name: name.to_owned(),
-        contains: format!("{name}-"),
-        function: Some("HandleDeviceResponse".to_owned()),
-        operation: Some("dynamodb.UpdateItem".to_owned()),
-        skip,
-        times: 1,
-        effect: Effect::KillAfter,
-    };
-    let proxy = Proxy::new();
+    let kill = |skip| Proxy::kill_after(name, "HandleDeviceResponse", "dynamodb.UpdateItem", skip);
+    let proxy = Proxy::from_environment();
     proxy.disturb(&[0, 6, 12].map(kill)).await;
     let job = cloud.create_job(&group, &image, nothing()).await;
     let ended = cloud.ended(&job, &things).await;

@@ -236,7 +236,7 @@ impl FirmwareUpgrade {
         let cloud = Cloud::connect().await;
         let image = cloud.upload(TO, 100_000).await;
         let executions = Executions::of(&cloud, "FirmwareUpgradeArn");
-        Self { cloud, proxy: Proxy::new(), image, executions }
+        Self { cloud, proxy: Proxy::from_environment(), image, executions }
     }
 
     /// Creates the case's job, and asks again if that failed, as an operator does: the id makes it one job.

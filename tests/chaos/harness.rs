@@ -273,7 +273,7 @@ pub(crate) async fn prove<W: Workflow>(workflow: W) {
     for (number, failure) in workflow.audit(&cases).await.into_iter().chain(lost::<W>(&workflow, &cases).await) {
         failures.entry(number).or_insert(failure);
     }
-    let disturbed = Proxy::new().disturbed().await;
+    let disturbed = Proxy::from_environment().disturbed().await;
     let report = report::<W>(&run, &cases, &failures, &disturbed, begin.elapsed());
     say_what_was_never_disturbed::<W>(&cases, &disturbed);
     show(&report);

@@ -441,7 +441,18 @@ impl OnPremises {
             WorkerProcess::start(&cloud, REAL, "chaos-2", &patient).await,
         ];
         let (workers, killer) = (tokio::sync::Mutex::new(workers), tokio::sync::Mutex::default());
-        Self { cloud, proxy: Proxy::new(), executions, letters, listener, voice, intruder, tenant, workers, killer }
+        Self {
+            cloud,
+            proxy: Proxy::from_environment(),
+            executions,
+            letters,
+            listener,
+            voice,
+            intruder,
+            tenant,
+            workers,
+            killer,
+        }
     }
 
     async fn start(&self, case: &Case, plan: &Plan) {

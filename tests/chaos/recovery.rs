@@ -133,7 +133,7 @@ impl Recovery {
         let executions = Executions::of(&cloud, "FailedUpdateRecoveryArn");
         let (_, devices) = cloud.provision("impostor", 1, ProtocolMix::Mixed).await;
         let impostor = MqttDevice::connect(&devices[0], true).await;
-        Self { cloud, proxy: Proxy::new(), executions, impostor }
+        Self { cloud, proxy: Proxy::from_environment(), executions, impostor }
     }
 
     async fn happen(&self, case: &Case, thing: &ThingName, event: Event, history: &mut History) -> Verdict {

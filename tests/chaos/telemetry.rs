@@ -332,7 +332,7 @@ impl Telemetry {
             cool_down: SECOND * i64::try_from(seconds("TemperatureCoolDownSeconds")).expect("seconds"),
             is_patient: seconds("RemediationEffectSeconds") >= PATIENT_SECONDS,
             traces: tokio::sync::Mutex::default(),
-            proxy: Proxy::new(),
+            proxy: Proxy::from_environment(),
             cloud,
         }
     }

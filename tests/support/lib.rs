@@ -20,10 +20,23 @@ pub use proxy::Proxy;
 pub use pushes::{Pushed, settings_api};
 pub use recoveries::ORIGINAL;
 pub use scripted_device::ScriptedDevice;
-pub use workers::{PlainWorker, WorkerProcess, alone, await_job, undisturbed, without_others};
+pub use workers::{PlainWorker, WorkerProcess, alone, await_job};
 
 /// How long a test waits for something that must happen before it says that it did not.
 pub const PATIENCE: std::time::Duration = std::time::Duration::from_mins(5);
+
+/// Floods and storms on one side, tests with deadlines of seconds on the other.
+static MACHINE: tokio::sync::RwLock<()> = tokio::sync::RwLock::const_new(());
+
+/// Waits until no other test of this process has the machine for itself.
+pub async fn undisturbed() -> tokio::sync::RwLockReadGuard<'static, ()> {
+    MACHINE.read().await
+}
+
+/// Waits until no other test of this process wants to be undisturbed.
+pub async fn without_others() -> tokio::sync::RwLockWriteGuard<'static, ()> {
+    MACHINE.write().await
+}
 
 /// Chooses numbers below a bound, the same ones for the same seed, which is printed.
 pub fn seeded_choices() -> impl FnMut(u64) -> u64 {

@@ -1,6 +1,6 @@
 //! The proxy that disturbs AWS calls as rules say.
 
-use aws_proxy::rules::{Rule, State};
+use aws_proxy::rules::{Effect, Rule, State};
 use std::collections::HashMap;
 
 /// The proxy before the local cloud.
@@ -11,10 +11,22 @@ pub struct Proxy {
 
 impl Proxy {
     /// The one that the environment names.
-    #[expect(clippy::new_without_default, reason = "it reads the environment")]
-    pub fn new() -> Self {
+    pub fn from_environment() -> Self {
         let proxy = std::env::var("FLEETFLOW_PROXY").expect("FLEETFLOW_PROXY: run these tests with `cargo xtask test`");
         Self { http: reqwest::Client::new(), rules: format!("{proxy}/_proxy/rules") }
+    }
+
+    /// The rule that kills a function after a call about one of the things that have this prefix, once, when so many have passed.
+    pub fn kill_after(prefix: &str, function: &str, operation: &str, skip: u32) -> Rule {
+        Rule {
+            name: prefix.to_owned(),
+            contains: format!("{prefix}-"),
+            function: Some(function.to_owned()),
+            operation: Some(operation.to_owned()),
+            skip,
+            times: 1,
+            effect: Effect::KillAfter,
+        }
     }
 
     /// Disturbs from now on as these rules say.

@@ -41,19 +41,6 @@ pub async fn alone(tenant: &str) -> tokio::sync::MutexGuard<'static, ()> {
     TENANTS[usize::from(tenant == "tenant2")].lock().await
 }
 
-/// Floods, storms and kills on one side, tests with deadlines of seconds on the other.
-static MACHINE: tokio::sync::RwLock<()> = tokio::sync::RwLock::const_new(());
-
-/// Waits until no other test of this process floods queues or kills functions that are not only its own.
-pub async fn undisturbed() -> tokio::sync::RwLockReadGuard<'static, ()> {
-    MACHINE.read().await
-}
-
-/// Waits until no other test of this process wants to be undisturbed.
-pub async fn without_others() -> tokio::sync::RwLockWriteGuard<'static, ()> {
-    MACHINE.write().await
-}
-
 /// Waits until a job's execution has ended.
 pub async fn await_job(cloud: &Cloud, arn: &str) -> Pushed {
     eventually(&format!("{arn} ends"), || async {

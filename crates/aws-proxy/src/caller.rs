@@ -33,7 +33,7 @@ fn inode(from: u16, to: u16) -> Option<String> {
         text.lines().skip(1).find_map(|line| {
             let fields: Vec<&str> = line.split_whitespace().collect();
             let is_it = fields.get(1)?.ends_with(&from) && fields.get(2)?.ends_with(&to);
-            is_it.then(|| fields.get(9).map(|inode| (*inode).to_owned()))?
+            fields.get(9).filter(|_| is_it).map(|inode| (*inode).to_owned())
         })
     };
     socket("/proc/net/tcp").or_else(|| socket("/proc/net/tcp6"))

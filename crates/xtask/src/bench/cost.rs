@@ -8,11 +8,12 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::time::SystemTime;
 
+use anyhow::{Context, Result};
+
 use super::Findings;
 use super::stack::Stack;
 use crate::costs::{Amounts, COUNTS, Counts, Measured, Path, Prices, Workflow, scaled};
 use crate::project::Project;
-use anyhow::{Context, Result};
 
 /// What an upgrade may take.
 const MOST_TRANSITIONS: f64 = 11.0;
