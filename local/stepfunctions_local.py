@@ -30,9 +30,11 @@ from moto.core.exceptions import AWSError
 from moto.core.responses import EmptyResult
 from moto.server import main
 from moto.stepfunctions.parser.api import EvaluationFailedEventDetails, ExecutionStatus, HistoryEventType
+from moto.stepfunctions.parser.asl.component.common.error_name.error_equals_decl import ErrorEqualsDecl
 from moto.stepfunctions.parser.asl.component.common.error_name.failure_event import FailureEvent, FailureEventException
 from moto.stepfunctions.parser.asl.component.common.error_name.states_error_name import StatesErrorName
 from moto.stepfunctions.parser.asl.component.common.error_name.states_error_name_type import StatesErrorNameType
+from moto.stepfunctions.parser.asl.component.common.retry.jitter_strategy_decl import JitterStrategyDecl
 from moto.stepfunctions.parser.asl.component.common.string.string_expression import StringJSONata
 from moto.stepfunctions.parser.asl.component.intrinsic.jsonata import get_intrinsic_functions_declarations
 from moto.stepfunctions.parser.asl.component.state.exec.execute_state import ExecutionState
@@ -351,6 +353,24 @@ def callback_failure(self, env, ex):
 StateTaskServiceCallback._from_error = callback_failure
 
 
+# Gap: moto's States.ALL matches every error. AWS's leaves out those after which Step Functions gives up
+# (https://docs.aws.amazon.com/step-functions/latest/dg/concepts-error-handling.html).
+
+NEVER_MATCHED = ("States.DataLimitExceeded", "States.Runtime")
+
+_error_equals = ErrorEqualsDecl._eval_body
+
+
+def error_equals(self, env):
+    name = env.stack[-1].error_name
+    _error_equals(self, env)
+    if name in NEVER_MATCHED:
+        env.stack[-1] = name in [known.error_name for known in self.error_names]
+
+
+ErrorEqualsDecl._eval_body = error_equals
+
+
 # Gap: where AWS puts an empty string into the error output (a failure without a cause), moto puts null.
 
 _error_output = ExecutionState._construct_error_output_value
@@ -509,6 +529,20 @@ _custom_error_name = mock_eval_utils.CustomErrorName
 mock_eval_utils.CustomErrorName = error_name_of
 Environment.is_mocked_mode = lambda env: mocked_answers(env) is not None
 Environment.get_current_mocked_response = current_mocked_response
+
+
+# Such an execution asks after which error what is done, and not for the hour that the waits between the attempts take.
+
+_jitter = JitterStrategyDecl._eval_body
+
+
+def jitter(self, env):
+    _jitter(self, env)
+    if mocked_answers(env) is not None:
+        env.stack[-1] = 0
+
+
+JitterStrategyDecl._eval_body = jitter
 
 
 if __name__ == "__main__":

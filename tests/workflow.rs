@@ -6,6 +6,7 @@
 
 use futures_util::future::join_all;
 use serde_json::{Value, json};
+use std::collections::BTreeSet;
 use tests::{Cloud, Pushed};
 
 /// A way through a state machine.
@@ -99,13 +100,25 @@ fn pushed(more: &[&'static str]) -> Vec<&'static str> {
     [&["ReadDevice", "GetSettings", "IsPushNeeded", "PushSettings"], more].concat()
 }
 
-async fn push(paths: Vec<Path>) {
+/// The input of a push, and the answers that let it succeed.
+fn good_push() -> (Value, Value) {
     let good = json!({
         "ReadDevice": [result(&json!({"thingName": "t", "attributes": {"externalId": "u"}}))],
         "GetSettings": [settings(&json!({"A": 1, "B": 2}))],
         "PushSettings": [result(&json!({}))],
     });
-    go_all("ConfigPushArn", json!({"thingName": "t", "connectedAt": 1}), good, paths, "/status").await;
+    (json!({"thingName": "t", "connectedAt": 1}), good)
+}
+
+async fn push(paths: Vec<Path>) {
+    let (input, good) = good_push();
+    go_all("ConfigPushArn", input, good, paths, "/status").await;
+}
+
+/// What ReadAnswers finds: the open push, with one answer.
+fn answers_of(operation: &str) -> Value {
+    let answers = json!({"A": {"M": {"status": {"S": "FAIL"}, "error": {"S": "17"}}}});
+    result(&json!({"Item": {"push": {"M": {"operationId": {"S": operation}, "answers": {"M": answers}}}}}))
 }
 
 #[tokio::test]
@@ -130,10 +143,6 @@ async fn what_was_throttled_killed_or_slow_in_a_push_is_tried_again() {
 #[tokio::test]
 #[ignore = "needs the local cloud: cargo xtask test"]
 async fn every_end_of_a_configuration_push() {
-    let item = |operation: &str| {
-        let answers = json!({"A": {"M": {"status": {"S": "FAIL"}, "error": {"S": "17"}}}});
-        result(&json!({"Item": {"push": {"M": {"operationId": {"S": operation}, "answers": {"M": answers}}}}}))
-    };
     let read = |end: &'static str| vec!["ReadDevice", end];
     let got = |end: &'static str| vec!["ReadDevice", "GetSettings", end];
     let failed = "ConfigPushFailed";
@@ -156,7 +165,7 @@ async fn every_end_of_a_configuration_push() {
             Err(("SettingFailed", "A: the device failed with error 17")),
         ),
         Path {
-            answers: unread(item("another push")),
+            answers: unread(answers_of("another push")),
             states: pushed(&["ReadAnswers", "IsSessionSuperseded", "SessionSuperseded"]),
             end: Ok("SUPERSEDED"),
         },
@@ -176,25 +185,36 @@ async fn every_end_of_a_configuration_push() {
     push(paths).await;
 }
 
-#[tokio::test]
-#[ignore = "needs the local cloud: cargo xtask test"]
-async fn every_way_through_a_firmware_upgrade() {
-    const WAITS: [&str; 5] = ["AwaitOnline", "DispatchDownload", "AwaitTransfer", "AwaitInstallation", "AwaitReboot"];
+const WAITS: [&str; 5] = ["AwaitOnline", "DispatchDownload", "AwaitTransfer", "AwaitInstallation", "AwaitReboot"];
+
+/// The input of an upgrade, and the answers that let it succeed.
+fn good_upgrade() -> (Value, Value) {
     let input = json!({
         "thingName": "t", "jobId": "j", "executionNumber": 1, "operationId": "j-1",
         "document": {"version": "1.0", "workflow": "firmware-upgrade", "firmwareVersion": "2.0.0", "upgradeTrigger": "test",
             "artifact": {"url": "https://example.com/2.0.0"}, "timeoutMinutes": 60, "requestDigest": ""},
     });
+    let old = json!({"thingName": "t", "attributes": {"firmwareVersion": "1.0.0"}});
+    let mut good = json!({"ReadDevice": [result(&old)]});
+    for state in
+        WAITS.into_iter().chain(["ReportStart", "RecordVersion", "ReportSuccess", "ReportFailure", "CancelDownload"])
+    {
+        good[state] = json!([result(&json!({}))]);
+    }
+    (input, good)
+}
+
+/// The way of an upgrade that succeeds.
+fn upgraded() -> Vec<&'static str> {
+    [&["ReadDevice", "IsUpgradeNeeded", "ReportStart"][..], &WAITS, &["RecordVersion", "ReportSuccess"]].concat()
+}
+
+#[tokio::test]
+#[ignore = "needs the local cloud: cargo xtask test"]
+async fn every_way_through_a_firmware_upgrade() {
+    let (input, good) = good_upgrade();
     let thing = |attributes: Value| result(&json!({"thingName": "t", "attributes": attributes}));
-    let mut good = json!({"ReadDevice": [thing(json!({"firmwareVersion": "1.0.0"}))]});
-    for state in WAITS {
-        good[state] = json!([result(&json!({}))]);
-    }
-    for state in ["ReportStart", "RecordVersion", "ReportSuccess", "ReportFailure", "CancelDownload"] {
-        good[state] = json!([result(&json!({}))]);
-    }
-    let begin = ["ReadDevice", "IsUpgradeNeeded", "ReportStart"];
-    let whole: Vec<&str> = [&begin[..], &WAITS, &["RecordVersion", "ReportSuccess"]].concat();
+    let whole = upgraded();
     let failed_at = |state: &str, cancelled: bool| {
         let reached = whole.iter().position(|other| *other == state).unwrap();
         let mut states = whole[..=reached].to_vec();
@@ -269,24 +289,33 @@ async fn every_way_through_a_firmware_upgrade() {
     go_all("FirmwareUpgradeArn", input, good, paths, "/outcome").await;
 }
 
-#[tokio::test]
-#[ignore = "needs the local cloud: cargo xtask test"]
-async fn every_way_through_the_recovery_of_a_failed_update() {
-    const PARK: [&str; 5] = ["CountFailure", "ChooseAction", "ParkDevice", "WaitBeforeRestore", "RestoreDevice"];
-    const QUARANTINE: [&str; 8] = [
-        "CountFailure",
-        "ChooseAction",
-        "QuarantineDevice",
-        "AwaitGroupUpdate",
-        "AddToFailedGroup",
-        "ConfirmQuarantine",
-        "IsQuarantined",
-        "NotifyOperators",
-    ];
+const PARK: [&str; 5] = ["CountFailure", "ChooseAction", "ParkDevice", "WaitBeforeRestore", "RestoreDevice"];
+const QUARANTINE: [&str; 8] = [
+    "CountFailure",
+    "ChooseAction",
+    "QuarantineDevice",
+    "AwaitGroupUpdate",
+    "AddToFailedGroup",
+    "ConfirmQuarantine",
+    "IsQuarantined",
+    "NotifyOperators",
+];
+
+fn payload(payload: Value) -> Value {
+    result(&json!({"StatusCode": 200, "Payload": payload}))
+}
+
+fn decision(decision: &str) -> Value {
+    payload(json!({"decision": decision, "attempt": 10, "cycle": 1}))
+}
+
+fn outcome(outcome: &str) -> Value {
+    payload(json!({"thingName": "t", "outcome": outcome}))
+}
+
+/// The input of a recovery, and the answers that let it park a device and bring it back, or quarantine it.
+fn good_recoveries() -> (Value, Value, Value) {
     let input = json!({"thingName": "t", "operationId": "o", "timestamp": 1, "receivedAt": 2});
-    let payload = |payload: Value| result(&json!({"StatusCode": 200, "Payload": payload}));
-    let decision = |decision: &str| payload(json!({"decision": decision, "attempt": 10, "cycle": 1}));
-    let outcome = |outcome: &str| payload(json!({"thingName": "t", "outcome": outcome}));
     let parking = json!({
         "CountFailure": [decision("PARK")], "ParkDevice": [outcome("PARKED")], "RestoreDevice": [outcome("RESTORED")],
     });
@@ -295,6 +324,13 @@ async fn every_way_through_the_recovery_of_a_failed_update() {
         "AddToFailedGroup": [result(&json!({}))], "ConfirmQuarantine": [outcome("QUARANTINED")],
         "NotifyOperators": [result(&json!({"MessageId": "m"}))],
     });
+    (input, parking, quarantine)
+}
+
+#[tokio::test]
+#[ignore = "needs the local cloud: cargo xtask test"]
+async fn every_way_through_the_recovery_of_a_failed_update() {
+    let (input, parking, quarantine) = good_recoveries();
     let counted = || vec!["CountFailure", "ChooseAction", "FailureCounted"];
     let mut parkings = vec![
         one("CountFailure", vec![decision("RETRY")], counted(), Ok("RETRY")),
@@ -351,15 +387,21 @@ async fn every_way_through_the_recovery_of_a_failed_update() {
     go_all(machine, input, quarantine, quarantines, "/outcome").await;
 }
 
+/// The input of a job on premises, and the answers that let it succeed.
+fn good_job() -> (Value, Value) {
+    (json!({"tenant": "tenant1", "handler": "add", "a": 1}), json!({"RunJob": [result(&json!({"result": "done"}))]}))
+}
+
 #[tokio::test]
 #[ignore = "needs the local cloud: cargo xtask test"]
 async fn every_way_through_a_job_on_premises() {
-    let input = json!({"tenant": "tenant1", "handler": "add", "a": 1});
-    let good = json!({"RunJob": [result(&json!({"result": 3}))]});
+    let (input, good) = good_job();
     let way = || vec!["RunJob"];
     let failed = || vec!["RunJob", "JobFailed"];
     let silent = || error("States.HeartbeatTimeout", "");
     let done = || result(&json!({"result": "done"}));
+    let exception =
+        |name: &str, cause: &str| error("WorkerException", &json!({"exception": name, "cause": cause}).to_string());
     let killed = error("Runtime.ExitError", "signal: killed");
     let long = "the job took longer than it may";
     let silence = "no worker has given a sign of life; the job was sent four times";
@@ -379,9 +421,11 @@ async fn every_way_through_a_job_on_premises() {
         one("RunJob", vec![silent(), silent(), silent(), done()], way(), Ok("done")),
         one("RunJob", vec![silent()], failed(), Err(("WorkerTimedOut", silence))),
         one("RunJob", vec![timeout()], failed(), Err(("WorkerTimedOut", long))),
-        one("RunJob", vec![error("KeyError", "b is missing")], failed(), Err(("KeyError", "b is missing"))),
-        one("RunJob", vec![error("KeyError", "")], failed(), Err(("KeyError", ""))),
-        one("RunJob", vec![error("Worker.States.Timeout", "x")], failed(), Err(("Worker.States.Timeout", "x"))),
+        one("RunJob", vec![exception("KeyError", "b is missing"), done()], failed(), Err(("KeyError", "b is missing"))),
+        one("RunJob", vec![exception("KeyError", ""), done()], failed(), Err(("KeyError", ""))),
+        one("RunJob", vec![error("ResultMissing", "none"), done()], failed(), Err(("ResultMissing", "none"))),
+        // A name that nobody gave on purpose is the platform's, however much it looks like a worker's.
+        one("RunJob", vec![error("KeyError", "")], failed(), Err(("ServiceError", "KeyError"))),
         one(
             "RunJob",
             vec![error("Lambda.ResourceNotFoundException", "no")],
@@ -393,4 +437,121 @@ async fn every_way_through_a_job_on_premises() {
         paths.push(one("RunJob", vec![function_error(name)], failed(), Err((name, "what the function said"))));
     }
     go_all("OnPremisesJobArn", input, good, paths, "/lambdaOutput/result").await;
+}
+
+/// A way through a state machine, and the answers that lead there.
+struct Way {
+    machine: &'static str,
+    input: Value,
+    answers: Value,
+    states: Vec<&'static str>,
+    outcome: &'static str,
+    end: End,
+}
+
+/// Ways that together come by every task of every state machine.
+fn ways() -> Vec<Way> {
+    let (push, push_answers) = good_push();
+    let (upgrade, upgrade_answers) = good_upgrade();
+    let (failure, parking, quarantine) = good_recoveries();
+    let (job, job_answers) = good_job();
+    let mut unanswered = push_answers.clone();
+    unanswered["PushSettings"] = json!([timeout()]);
+    unanswered["ReadAnswers"] = json!([answers_of("another push")]);
+    let mut given_up = upgrade_answers.clone();
+    given_up["AwaitTransfer"] = json!([error("States.HeartbeatTimeout", "")]);
+    let to_transfer = &upgraded()[..6];
+    let way = |machine, input: &Value, answers, states: &[&'static str], outcome, end| {
+        let (input, states) = (input.clone(), states.to_vec());
+        Way { machine, input, answers, states, outcome, end }
+    };
+    vec![
+        way("ConfigPushArn", &push, push_answers, &pushed(&[]), "/status", Ok("SUCCESS")),
+        way(
+            "ConfigPushArn",
+            &push,
+            unanswered,
+            &pushed(&["ReadAnswers", "IsSessionSuperseded", "SessionSuperseded"]),
+            "/status",
+            Ok("SUPERSEDED"),
+        ),
+        way("FirmwareUpgradeArn", &upgrade, upgrade_answers, &upgraded(), "/outcome", Ok("Upgraded")),
+        way(
+            "FirmwareUpgradeArn",
+            &upgrade,
+            given_up,
+            &[to_transfer, &["CancelDownload", "ReportFailure", "UpgradeFailed"]].concat(),
+            "/outcome",
+            Err(("DeviceTimedOut", "progress")),
+        ),
+        way("FailedUpdateRecoveryArn", &failure, parking, &PARK, "/outcome", Ok("RESTORED")),
+        way("FailedUpdateRecoveryArn", &failure, quarantine, &QUARANTINE, "/outcome", Ok("QUARANTINED")),
+        way("OnPremisesJobArn", &job, job_answers, &["RunJob"], "/lambdaOutput/result", Ok("done")),
+    ]
+}
+
+/// The tasks of all state machines, by name.
+fn tasks() -> BTreeSet<String> {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../statemachine");
+    let files = std::fs::read_dir(folder).unwrap().map(|entry| std::fs::read_to_string(entry.unwrap().path()).unwrap());
+    let machines = files.map(|text| serde_json::from_str::<Value>(&text).unwrap());
+    let states = machines.flat_map(|machine| machine["States"].as_object().unwrap().clone());
+    states.filter(|(_, state)| state["Type"] == "Task").map(|(name, _)| name).collect()
+}
+
+/// Each task of each state machine is tried again after errors that no list of ours or AWS's has, and goes on as if nothing had been.
+#[tokio::test]
+#[ignore = "needs the local cloud: cargo xtask test"]
+async fn an_error_that_no_one_knows_is_tried_again_in_every_task() {
+    let unknown = [
+        "ErrorOfNextYear",
+        "Runtime.Unknown",
+        "Lambda.ClientExecutionTimeoutException",
+        "Iot.SdkClientException",
+        "Iot.IotException",
+        "Sandbox.Timedout",
+        "&alloc::boxed::Box<dyn core::any::Any + core::marker::Send>",
+    ];
+    let mut tried = BTreeSet::new();
+    for way in ways() {
+        let tasks = way.states.iter().filter(|state| !way.answers[**state].is_null());
+        let paths = tasks.map(|state| {
+            tried.insert((*state).to_owned());
+            let mut answers: Vec<Value> = unknown.map(|name| error(name, "bootstrap exited during init")).into();
+            answers.extend(way.answers[*state].as_array().unwrap().clone());
+            one(state, answers, way.states.clone(), way.end)
+        });
+        let paths = paths.collect();
+        go_all(way.machine, way.input, way.answers, paths, way.outcome).await;
+    }
+    assert_eq!(tried, tasks());
+}
+
+/// What cannot pass is not tried again: the answers that would be good come too late.
+#[tokio::test]
+#[ignore = "needs the local cloud: cargo xtask test"]
+async fn an_error_that_cannot_pass_stops_every_task_at_once() {
+    let cloud = Cloud::connect().await;
+    for way in ways() {
+        for state in way.states.iter().filter(|state| !way.answers[**state].is_null()) {
+            for name in ["NotUpgradable", "Lambda.ResourceNotFoundException"] {
+                let mut answers = vec![function_error(name)];
+                answers.extend(way.answers[*state].as_array().unwrap().clone());
+                let path = one(state, answers, way.states.clone(), way.end);
+                let gone = go(&cloud, way.machine, &way.input, &way.answers, &path, way.outcome).await;
+                // Telling the device and the operators is best effort: after it the workflow ends as it would have.
+                let last_word = matches!(*state, "CancelDownload" | "ReportFailure");
+                assert_eq!(gone.is_ok(), last_word, "{}: {state} after {name}: {gone:?}", way.machine);
+            }
+        }
+    }
+}
+
+/// Nothing catches what Step Functions itself gives up on, so nothing of ours may count on it.
+/// (<https://docs.aws.amazon.com/step-functions/latest/dg/concepts-error-handling.html>)
+#[tokio::test]
+#[ignore = "needs the local cloud: cargo xtask test"]
+async fn what_aws_does_not_let_anyone_catch_is_not_caught_here() {
+    let uncaught = |name| one("GetSettings", vec![error(name, "")], vec!["ReadDevice", "GetSettings"], Err((name, "")));
+    push(["States.Runtime", "States.DataLimitExceeded"].map(uncaught).into()).await;
 }

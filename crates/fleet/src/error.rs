@@ -54,6 +54,9 @@ pub enum ErrorName {
     InvalidSettings,
     /// The device did not take over at least one of its settings.
     SettingFailed,
+    /// A worker's program failed with an exception. Tasks fail with this name; the execution's error is the exception's own
+    /// name, which state machines could mistake for an error of the platform.
+    WorkerException,
     /// No worker on premises has answered, or shown a sign of life, within a job's deadlines.
     WorkerTimedOut,
     /// A worker's result is not where the worker said that it has put it.
@@ -64,6 +67,8 @@ pub enum ErrorName {
     JobCanceled,
     /// The job's own timer ended the job execution while its workflow ran.
     JobTimedOut,
+    /// The function's environment lacks a variable, or has a value that cannot be used.
+    Misconfigured,
     /// The workflow was stopped by hand or by the limit of its whole duration, and could not report.
     WorkflowStopped,
     /// An AWS API refused for its rate: try again later.
@@ -76,7 +81,7 @@ pub enum ErrorName {
 
 impl ErrorName {
     /// Every name.
-    pub const ALL: [Self; 31] = [
+    pub const ALL: [Self; 33] = [
         Self::InvalidInput,
         Self::MalformedMessage,
         Self::MessageTooLarge,
@@ -99,11 +104,13 @@ impl ErrorName {
         Self::SettingsApiUnavailable,
         Self::InvalidSettings,
         Self::SettingFailed,
+        Self::WorkerException,
         Self::WorkerTimedOut,
         Self::ResultMissing,
         Self::SessionSuperseded,
         Self::JobCanceled,
         Self::JobTimedOut,
+        Self::Misconfigured,
         Self::WorkflowStopped,
         Self::Throttled,
         Self::ServiceUnavailable,
@@ -135,11 +142,13 @@ impl ErrorName {
             Self::SettingsApiUnavailable => "SettingsApiUnavailable",
             Self::InvalidSettings => "InvalidSettings",
             Self::SettingFailed => "SettingFailed",
+            Self::WorkerException => "WorkerException",
             Self::WorkerTimedOut => "WorkerTimedOut",
             Self::ResultMissing => "ResultMissing",
             Self::SessionSuperseded => "SessionSuperseded",
             Self::JobCanceled => "JobCanceled",
             Self::JobTimedOut => "JobTimedOut",
+            Self::Misconfigured => "Misconfigured",
             Self::WorkflowStopped => "WorkflowStopped",
             Self::Throttled => "Throttled",
             Self::ServiceUnavailable => "ServiceUnavailable",
@@ -147,11 +156,28 @@ impl ErrorName {
         }
     }
 
-    /// Whether trying again can help. What AWS refuses for good may pass once an operator has mended a permission.
+    /// Whether trying again can help. What AWS refuses for good may pass once an operator has fixed a permission, and so
+    /// may what a function lacks.
+    ///
+    /// State machines stop at once at every other name, and at [`FINAL_AWS_ERRORS`]; whatever else a task fails with they try
+    /// again, so that a name that AWS introduces next year ends no workflow.
     pub fn is_transient(self) -> bool {
-        matches!(self, Self::Throttled | Self::ServiceUnavailable | Self::ServiceError)
+        matches!(self, Self::Throttled | Self::ServiceUnavailable | Self::ServiceError | Self::SettingsApiUnavailable)
     }
 }
+
+/// Errors of AWS that cannot pass by themselves: what a task names does not exist, or its request is malformed. Step Functions
+/// puts the service's name before the error that the service's API reference lists
+/// (<https://docs.aws.amazon.com/step-functions/latest/dg/concepts-error-handling.html>).
+pub const FINAL_AWS_ERRORS: [&str; 7] = [
+    "DynamoDB.ResourceNotFoundException",
+    "Iot.InvalidRequestException",
+    "Iot.ResourceNotFoundException",
+    "Lambda.ResourceNotFoundException",
+    "SNS.InvalidParameterException",
+    "SNS.NotFoundException",
+    "States.QueryEvaluationError",
+];
 
 impl fmt::Display for ErrorName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

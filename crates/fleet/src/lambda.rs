@@ -5,7 +5,7 @@ use crate::{Error, ErrorName};
 use aws_lambda_events::event::sqs::SqsMessage;
 pub use aws_lambda_events::event::sqs::{SqsBatchResponse, SqsEvent};
 use futures_util::future::join_all;
-use lambda_runtime::{Diagnostic, LambdaEvent, service_fn, tracing::init_default_subscriber};
+use lambda_runtime::{LambdaEvent, service_fn, tracing::init_default_subscriber};
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
 use serde_json::value::RawValue;
@@ -16,6 +16,21 @@ pub const MAX_INPUT_BYTES: usize = 1024 * 1024;
 /// The largest batch of a queue or a stream, in bytes: what Lambda itself allows
 /// (<https://docs.aws.amazon.com/lambda/latest/dg/gettingstarted-limits.html>).
 pub const MAX_BATCH_BYTES: usize = 6 * 1024 * 1024;
+
+/// What a function reaches, built once for the process. A function that cannot be built serves no other answer than
+/// [`ErrorName::Misconfigured`]: if it ended instead, its caller would learn that it ended, and behind `cargo lambda watch` wait
+/// for minutes to learn nothing.
+pub async fn configured<T>(build: impl Future<Output = Result<T, String>>) -> Result<T, lambda_runtime::Error> {
+    let why = match build.await {
+        Ok(built) => return Ok(built),
+        Err(why) => why,
+    };
+    init_default_subscriber();
+    let refuse =
+        |_: LambdaEvent<Box<RawValue>>| async { Err::<Value, _>(Error::new(ErrorName::Misconfigured, why.as_str())) };
+    lambda_runtime::run(service_fn(refuse)).await?;
+    Err(why.into())
+}
 
 /// Serves a function that is invoked with one JSON payload. A payload that does not decode is `InvalidInput`.
 pub async fn run<I, O, F>(handler: impl Fn(I) -> F) -> Result<(), lambda_runtime::Error>
@@ -47,9 +62,9 @@ where
     let handler = &handler;
     // As text: the runtime would parse whatever comes, and has no name of ours for what it cannot.
     lambda_runtime::run(service_fn(move |event: LambdaEvent<Box<RawValue>>| async move {
-        let input = decode(event.payload.get(), max_bytes).map_err(logged)?;
-        // Boxed, for the compiler loses count of the calls below.
-        Box::pin(handler(input)).await.map_err(logged)
+        let input = decode(event.payload.get(), max_bytes)?;
+        // Boxed, for the compiler loses count of the calls below. An error is logged by the runtime.
+        Box::pin(handler(input)).await
     }))
     .await
 }
@@ -71,11 +86,6 @@ pub fn decode<I: DeserializeOwned>(payload: &str, max_bytes: usize) -> Result<I,
         let field = if path == "." { "payload".to_owned() } else { path };
         Error::new(ErrorName::InvalidInput, format!("{field}: {}", error.inner()))
     })
-}
-
-fn logged(error: Error) -> Diagnostic {
-    tracing::error!(error = error.name.as_str(), message = error.message);
-    error.into()
 }
 
 /// Serves a function behind a queue, message by message. What may pass is tried again by the queue; what never

@@ -1,12 +1,12 @@
 //! States that wait with a task token, and how they are ended from outside.
 
-use crate::Error;
 use crate::error::{aws, code};
+use crate::{Error, ErrorName};
 use serde::Serialize;
 use serde_json::Value;
 
 /// Limits of `SendTaskFailure` (<https://docs.aws.amazon.com/step-functions/latest/apireference/API_SendTaskFailure.html>).
-const MAX_CAUSE_CHARACTERS: usize = 32_768;
+pub(crate) const MAX_CAUSE_CHARACTERS: usize = 32_768;
 
 /// What became of a token or an answer. Every message has exactly one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -43,15 +43,15 @@ impl Tasks {
                 let sent = self.client.send_task_success().task_token(token).output(output.to_string()).send().await;
                 outcome("states:SendTaskSuccess", sent)
             }
-            Err(failure) => self.fail(token, failure.name.as_str(), &failure.message).await,
+            Err(failure) => self.fail(token, failure.name, &failure.message).await,
         }
     }
 
-    /// Ends a task with a failure that others have named: `Applied`, or `Late` if it has ended already. A cause that is too
-    /// long for Step Functions is cut.
-    pub async fn fail(&self, token: &str, error: &str, cause: &str) -> Result<Outcome, Error> {
+    /// Ends a task with a failure: `Applied`, or `Late` if it has ended already. A cause that is too long for Step Functions
+    /// is cut.
+    pub async fn fail(&self, token: &str, name: ErrorName, cause: &str) -> Result<Outcome, Error> {
         let cause: String = cause.chars().take(MAX_CAUSE_CHARACTERS).collect();
-        let sent = self.client.send_task_failure().task_token(token).error(error).cause(cause).send().await;
+        let sent = self.client.send_task_failure().task_token(token).error(name.as_str()).cause(cause).send().await;
         outcome("states:SendTaskFailure", sent)
     }
 

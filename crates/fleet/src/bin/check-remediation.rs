@@ -6,9 +6,14 @@ use fleet::{aws, lambda, queue::DeadLetters};
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<(), lambda_runtime::Error> {
-    let aws = aws::load().await;
-    let adapters = &Adapters::new(&aws, Places::from_environment()?, Rules::from_environment()?);
-    let dead_letters = DeadLetters::from_environment(&aws)?;
+    let (adapters, dead_letters) = &lambda::configured(async {
+        let aws = aws::load().await;
+        Ok((
+            Adapters::new(&aws, Places::from_environment()?, Rules::from_environment()?),
+            DeadLetters::from_environment(&aws)?,
+        ))
+    })
+    .await?;
     let handle = move |body: String| async move { check_remediation::handle(adapters, &body, aws::now_millis()).await };
-    lambda::run_queue(&dead_letters, handle).await
+    lambda::run_queue(dead_letters, handle).await
 }

@@ -5,16 +5,21 @@ use fleet::{aws, config, lambda, queue::DeadLetters, workflows::rendezvous::Rend
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<(), lambda_runtime::Error> {
-    let aws = aws::load().await;
-    let adapters = &handle_device_response::Adapters {
-        rendezvous: Rendezvous::new(&aws, config::required("RENDEZVOUS_TABLE")?),
-        settings: SettingsTable::from_environment(&aws)?,
-        sns: aws_sdk_sns::Client::new(&aws),
-        events_topic_arn: config::required("EVENTS_TOPIC_ARN")?,
-        mqtt: aws_sdk_iotdataplane::Client::new(&aws),
-        worker_jobs: WorkerJobs::from_environment(&aws)?,
-    };
-    let dead_letters = DeadLetters::from_environment(&aws)?;
+    let (adapters, dead_letters) = &lambda::configured(async {
+        let aws = aws::load().await;
+        Ok((
+            handle_device_response::Adapters {
+                rendezvous: Rendezvous::new(&aws, config::required("RENDEZVOUS_TABLE")?),
+                settings: SettingsTable::from_environment(&aws)?,
+                sns: aws_sdk_sns::Client::new(&aws),
+                events_topic_arn: config::required("EVENTS_TOPIC_ARN")?,
+                mqtt: aws_sdk_iotdataplane::Client::new(&aws),
+                worker_jobs: WorkerJobs::from_environment(&aws)?,
+            },
+            DeadLetters::from_environment(&aws)?,
+        ))
+    })
+    .await?;
     let handle = move |body: String| async move { handle_device_response::handle(adapters, &body).await };
-    lambda::run_queue(&dead_letters, handle).await
+    lambda::run_queue(dead_letters, handle).await
 }

@@ -5,10 +5,12 @@ use fleet::{aws, lambda, queue::DeadLetters};
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<(), lambda_runtime::Error> {
-    let aws = aws::load().await;
-    let adapters = &Adapters::new(&aws, Places::from_environment()?);
-    let dead_letters = DeadLetters::from_environment(&aws)?;
-    lambda::run_batches(&dead_letters, move |messages| async move {
+    let (adapters, dead_letters) = &lambda::configured(async {
+        let aws = aws::load().await;
+        Ok((Adapters::new(&aws, Places::from_environment()?), DeadLetters::from_environment(&aws)?))
+    })
+    .await?;
+    lambda::run_batches(dead_letters, move |messages| async move {
         ingest_telemetry::handle(adapters, &messages, aws::now_millis()).await
     })
     .await

@@ -5,14 +5,17 @@ use fleet::{aws, config, lambda, workflows::rendezvous::Rendezvous};
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<(), lambda_runtime::Error> {
-    let aws = aws::load().await;
-    let adapters = &publish_to_device::Adapters {
-        rendezvous: Rendezvous::new(&aws, config::required("RENDEZVOUS_TABLE")?),
-        settings: SettingsTable::from_environment(&aws)?,
-        mqtt: aws_sdk_iotdataplane::Client::new(&aws),
-        s3: aws_sdk_s3::Client::new(&aws),
-        firmware_bucket: config::required("FIRMWARE_BUCKET")?,
-        worker_jobs: WorkerJobs::from_environment(&aws)?,
-    };
+    let adapters = &lambda::configured(async {
+        let aws = aws::load().await;
+        Ok(publish_to_device::Adapters {
+            rendezvous: Rendezvous::new(&aws, config::required("RENDEZVOUS_TABLE")?),
+            settings: SettingsTable::from_environment(&aws)?,
+            mqtt: aws_sdk_iotdataplane::Client::new(&aws),
+            s3: aws_sdk_s3::Client::new(&aws),
+            firmware_bucket: config::required("FIRMWARE_BUCKET")?,
+            worker_jobs: WorkerJobs::from_environment(&aws)?,
+        })
+    })
+    .await?;
     lambda::run(move |input| publish_to_device::handle(adapters, input)).await
 }

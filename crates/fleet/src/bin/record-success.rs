@@ -5,9 +5,11 @@ use fleet::{aws, config, lambda, queue::DeadLetters};
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<(), lambda_runtime::Error> {
-    let aws = aws::load().await;
-    let table = RecoveryTable::new(&aws, config::required("RECOVERY_TABLE")?);
-    let registry = &Registry { iot: aws_sdk_iot::Client::new(&aws), table };
-    let dead_letters = DeadLetters::from_environment(&aws)?;
-    lambda::run_queue(&dead_letters, move |body| async move { record_success::handle(registry, &body).await }).await
+    let (registry, dead_letters) = &lambda::configured(async {
+        let aws = aws::load().await;
+        let table = RecoveryTable::new(&aws, config::required("RECOVERY_TABLE")?);
+        Ok((Registry { iot: aws_sdk_iot::Client::new(&aws), table }, DeadLetters::from_environment(&aws)?))
+    })
+    .await?;
+    lambda::run_queue(dead_letters, move |body| async move { record_success::handle(registry, &body).await }).await
 }

@@ -5,8 +5,12 @@ use fleet::{aws, config, lambda};
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<(), lambda_runtime::Error> {
-    let table = RecoveryTable::new(&aws::load().await, config::required("RECOVERY_TABLE")?);
-    let limits = Limits { attempts: config::number("RECOVERY_ATTEMPTS")?, cycles: config::number("RECOVERY_CYCLES")? };
-    let adapters = &retry_counter::Adapters { table, limits };
+    let adapters = &lambda::configured(async {
+        let table = RecoveryTable::new(&aws::load().await, config::required("RECOVERY_TABLE")?);
+        let limits =
+            Limits { attempts: config::number("RECOVERY_ATTEMPTS")?, cycles: config::number("RECOVERY_CYCLES")? };
+        Ok(retry_counter::Adapters { table, limits })
+    })
+    .await?;
     lambda::run(move |failure| retry_counter::handle(adapters, failure)).await
 }

@@ -4,14 +4,19 @@ use fleet::{aws, config, lambda, queue::DeadLetters, workflows::start_workflow};
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<(), lambda_runtime::Error> {
-    let aws = aws::load().await;
-    let adapters = &start_workflow::Adapters {
-        step_functions: aws_sdk_sfn::Client::new(&aws),
-        firmware_upgrade_arn: config::required("FIRMWARE_UPGRADE_ARN")?,
-        config_push_arn: config::required("CONFIG_PUSH_ARN")?,
-        failed_update_recovery_arn: config::required("FAILED_UPDATE_RECOVERY_ARN")?,
-        on_premises_job_arn: config::required("ON_PREMISES_JOB_ARN")?,
-    };
-    let dead_letters = DeadLetters::from_environment(&aws)?;
-    lambda::run_queue(&dead_letters, move |body| async move { start_workflow::handle(adapters, &body).await }).await
+    let (adapters, dead_letters) = &lambda::configured(async {
+        let aws = aws::load().await;
+        Ok((
+            start_workflow::Adapters {
+                step_functions: aws_sdk_sfn::Client::new(&aws),
+                firmware_upgrade_arn: config::required("FIRMWARE_UPGRADE_ARN")?,
+                config_push_arn: config::required("CONFIG_PUSH_ARN")?,
+                failed_update_recovery_arn: config::required("FAILED_UPDATE_RECOVERY_ARN")?,
+                on_premises_job_arn: config::required("ON_PREMISES_JOB_ARN")?,
+            },
+            DeadLetters::from_environment(&aws)?,
+        ))
+    })
+    .await?;
+    lambda::run_queue(dead_letters, move |body| async move { start_workflow::handle(adapters, &body).await }).await
 }

@@ -4,7 +4,7 @@ use super::worker_job::{Answer, Claimed, Dispatch, Expected, JobHandle, Judged, 
 use crate::aws::{now_millis, now_seconds};
 use crate::error::{aws, code, unbuilt};
 use crate::item_table::ItemTable;
-use crate::tasks::{Outcome, Tasks};
+use crate::tasks::{MAX_CAUSE_CHARACTERS, Outcome, Tasks};
 use crate::workflows::rendezvous::Wait;
 use crate::{Error, ErrorName, config};
 use aws_sdk_iotdataplane::primitives::Blob;
@@ -350,14 +350,17 @@ impl WorkerJobs {
     async fn complete(&self, item: &WorkerJob) -> Result<Outcome, Error> {
         let output = match &item.answer {
             None => return Ok(Outcome::Waiting),
-            Some(Answer::Failed { error, cause }) => return self.tasks.fail(&item.task_token, error, cause).await,
+            Some(Answer::Failed { error, cause }) => {
+                let cause = exception(error, cause);
+                return self.tasks.fail(&item.task_token, ErrorName::WorkerException, &cause).await;
+            }
             Some(Answer::Succeeded { result }) => {
                 json!({"result": serde_json::from_str::<Value>(result).map_err(unbuilt)?})
             }
             Some(Answer::Stored { key, bytes }) if *bytes <= item.room => match self.read(key).await? {
                 Ok(result) => json!({ "result": result }),
                 Err(cause) => {
-                    return self.tasks.fail(&item.task_token, ErrorName::ResultMissing.as_str(), &cause).await;
+                    return self.tasks.fail(&item.task_token, ErrorName::ResultMissing, &cause).await;
                 }
             },
             Some(Answer::Stored { key, bytes }) => {
@@ -436,6 +439,20 @@ fn kind(message: &WorkerMessage) -> &'static str {
     }
 }
 
+/// A worker's exception as the cause of [`ErrorName::WorkerException`], from which the state machine takes the execution's error
+/// and its cause. What is too long for Step Functions is cut off the worker's own text.
+fn exception(name: &str, cause: &str) -> String {
+    let encode = |cause: &str| json!({"exception": name, "cause": cause}).to_string();
+    let whole = encode(cause);
+    // Every character takes at least one in JSON.
+    let excess = whole.chars().count().saturating_sub(MAX_CAUSE_CHARACTERS);
+    if excess == 0 {
+        return whole;
+    }
+    let kept = cause.chars().count().saturating_sub(excess);
+    encode(&cause.chars().take(kept).collect::<String>())
+}
+
 /// The error that an execution fails with: the exception's name, unless Step Functions or we mean something by it.
 fn error_name(exception: &str) -> String {
     let exception = exception.trim();
@@ -467,6 +484,18 @@ mod tests {
         assert!(error.contains("64"), "{error}");
         let error = uploaded_json(b"{").unwrap_err();
         assert!(error.starts_with("the result is no JSON: EOF"), "{error}");
+    }
+
+    #[test]
+    fn an_exception_is_a_cause_that_step_functions_takes_and_the_state_machine_can_read() {
+        assert_eq!(exception("KeyError", "b"), r#"{"cause":"b","exception":"KeyError"}"#);
+        let quotes = "\"".repeat(MAX_CAUSE_CHARACTERS);
+        for cause in ["ä".repeat(MAX_CAUSE_CHARACTERS), quotes] {
+            let encoded = exception(&"ä".repeat(MAX_ERROR_CHARACTERS), &cause);
+            assert!(encoded.chars().count() <= MAX_CAUSE_CHARACTERS);
+            let decoded: Value = serde_json::from_str(&encoded).unwrap();
+            assert!(cause.starts_with(decoded["cause"].as_str().unwrap()));
+        }
     }
 
     #[test]
