@@ -1,6 +1,7 @@
 //! Files against each other: names that must agree are compared, rules of the architecture are checked.
 
 use fleet::ErrorName;
+use fleet::error::FINAL_AWS_ERRORS;
 use fleet::recovery::Decision;
 use fleet::recovery::restore_attributes::{Action, Outcome};
 use fleet::telemetry::{METRICS, NAMESPACE, ingest_telemetry};
@@ -160,15 +161,13 @@ fn state_machines_go_only_where_there_is_something_and_everywhere_there_is() {
 }
 
 #[test]
-fn every_task_has_a_deadline_a_retry_and_a_catch() {
+fn every_task_has_a_deadline_and_a_catch() {
     for (file, machine) in state_machines() {
         for (name, state) in machine["States"].as_object().expect("States") {
             if state["Type"] != "Task" {
                 continue;
             }
             assert!(state.get("TimeoutSeconds").is_some(), "{file}: {name} has no deadline");
-            let retries = state["Retry"].as_array().unwrap_or_else(|| panic!("{file}: {name} has no retry"));
-            assert_eq!(retries[0]["JitterStrategy"], "FULL", "{file}: {name}");
             // The last report of a good end has nothing left to catch for: its failure is the execution's.
             if state.get("End").is_none() {
                 let catches = state["Catch"].as_array().unwrap_or_else(|| panic!("{file}: {name} has no catch"));
@@ -179,14 +178,39 @@ fn every_task_has_a_deadline_a_retry_and_a_catch() {
     }
 }
 
+/// One rule for all tasks: what cannot pass stops at once, everything else is tried again, whatever it is called. Only
+/// time-outs have a rule of the state's own, and a third party that asks for patience.
+#[test]
+fn every_task_tries_again_what_it_does_not_know() {
+    let is_final = |name: &ErrorName| !name.is_transient();
+    let ours = ErrorName::ALL.into_iter().filter(is_final).map(ErrorName::as_str);
+    let names: Vec<&str> = ours.chain(FINAL_AWS_ERRORS).collect();
+    let first = serde_json::json!({"ErrorEquals": names, "MaxAttempts": 0});
+    // An hour's outage ends nothing: half of 1 + 2 + … + 256 s and of 31 times 300 s are 82 minutes on average.
+    let last = serde_json::json!({
+        "ErrorEquals": ["States.ALL"],
+        "IntervalSeconds": 1, "MaxAttempts": 40, "BackoffRate": 2, "MaxDelaySeconds": 300, "JitterStrategy": "FULL",
+    });
+    let own_rules = ["States.Timeout", "States.HeartbeatTimeout", "SettingsApiUnavailable"];
+    for (file, machine) in state_machines() {
+        for (name, state) in machine["States"].as_object().expect("States").iter().filter(|(_, s)| s["Type"] == "Task")
+        {
+            let retries = state["Retry"].as_array().unwrap_or_else(|| panic!("{file}: {name} has no retry"));
+            assert_eq!(retries.first(), Some(&first), "{file}: {name} stops at what cannot pass");
+            assert_eq!(retries.last(), Some(&last), "{file}: {name} tries everything else again");
+            for rule in &retries[1..retries.len() - 1] {
+                let mut names = Vec::new();
+                texts(&rule["ErrorEquals"], &mut names);
+                assert!(names.iter().all(|name| own_rules.contains(name)), "{file}: {name} has a rule for {names:?}");
+            }
+        }
+    }
+}
+
 #[test]
 fn state_machines_use_no_names_but_those_of_rust_and_aws() {
     let ours: BTreeSet<&str> = ErrorName::ALL.into_iter().map(ErrorName::as_str).collect();
-    let of_aws = |name: &str| {
-        ["States.", "Lambda.", "Iot.", "Sns.", "DynamoDB.", "Sandbox.", "Runtime."]
-            .iter()
-            .any(|prefix| name.starts_with(prefix))
-    };
+    let of_aws = |name: &str| name.starts_with("States.") || FINAL_AWS_ERRORS.contains(&name);
     let steps: BTreeSet<&str> = Step::ALL.into_iter().map(Step::name).collect();
     for (file, machine) in state_machines() {
         let mut errors = Vec::new();
@@ -705,4 +729,20 @@ fn the_error_catalogue_has_every_name_and_no_other() {
     let rows = catalogue.lines().filter_map(|line| line.strip_prefix("| `")?.split('`').next());
     let ours: BTreeSet<&str> = ErrorName::ALL.into_iter().map(ErrorName::as_str).collect();
     assert_eq!(rows.collect::<BTreeSet<_>>(), ours);
+}
+
+/// With other features of what they share, the programs of the workspace would have the AWS SDKs compiled once more than its tests.
+#[test]
+fn programs_and_tests_are_built_with_the_same_features() {
+    let packages = |edges: &str| {
+        let mut tree = std::process::Command::new(env!("CARGO"));
+        tree.current_dir(root()).args(["tree", "--workspace", "--prefix", "none", "--format", "{p} [{f}]"]);
+        let output = tree.args(["--edges", edges]).output().expect("cargo tree");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let lines = String::from_utf8(output.stdout).expect("text");
+        lines.lines().map(|line| line.trim_end_matches(" (*)").to_owned()).collect::<BTreeSet<String>>()
+    };
+    let (programs, tests) = (packages("normal,build"), packages("normal,build,dev"));
+    let others: Vec<_> = programs.difference(&tests).collect();
+    assert!(others.is_empty(), "tests/Cargo.toml lacks a feature that only a dev-dependency has: {others:?}");
 }

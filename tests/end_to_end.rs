@@ -153,7 +153,8 @@ async fn a_continuous_job_on_a_dynamic_group() {
     let (_, first) = cloud.provision("dynamic", 2, ProtocolMix::Mixed).await;
     let prefix = first[0].thing.as_str().rsplit_once('-').unwrap().0.to_owned();
     let group = format!("outdated-{prefix}");
-    let query = "thingName:dynamic-* AND NOT attributes.firmwareVersion:2.0.0";
+    // With a space, as the public sample writes it; recovery.rs has one without.
+    let query = "thingName:dynamic-* AND NOT attributes.firmwareVersion: 2.0.0";
     let create = cloud.iot.create_dynamic_thing_group().thing_group_name(&group).query_string(query);
     let target = create.send().await.expect("a dynamic group").thing_group_arn.unwrap();
     let members = || async {

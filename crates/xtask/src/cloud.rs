@@ -12,7 +12,9 @@ use clap::Args;
 
 use crate::console::Step;
 use crate::deploy;
+use crate::functions;
 use crate::process::{Interrupted, Kind, Process};
+use crate::program::Programs;
 use crate::project::{ACCOUNT, Project, REGION};
 use crate::python::Venvs;
 use crate::run::{Record, Run};
@@ -160,9 +162,8 @@ impl Cloud {
     }
 
     /// The same with a proxy that counts the calls of functions and state machines, and disturbs them on request.
-    pub(crate) fn start_with_proxy(project: &Project, fixed: FixedPorts, detached: bool) -> Result<Self> {
-        let proxy = crate::program::built(project, "aws-proxy")?;
-        Self::launch(project, fixed, detached, Some(&proxy))
+    pub(crate) fn start_with_proxy(project: &Project, proxy: &Path, fixed: FixedPorts, detached: bool) -> Result<Self> {
+        Self::launch(project, fixed, detached, Some(proxy))
     }
 
     fn launch(project: &Project, fixed: FixedPorts, detached: bool, proxy: Option<&Path>) -> Result<Self> {
@@ -209,7 +210,8 @@ impl Cloud {
         processes.extend(self.proxy.as_ref().map(|(proxy, _)| ("aws-proxy", proxy)));
         self.run.record(record, &processes)?;
         let path = format!("export PATH='{}':\"$PATH\"\n", self.venvs.build.folder.join("bin").display());
-        fs::write(self.run.file("env"), format!("unset AWS_PROFILE AWS_SESSION_TOKEN\n{path}"))?;
+        let tools = "export SAM_CLI_TELEMETRY=0 SAM_CLI_CHECK_FOR_UPDATES=0\n";
+        fs::write(self.run.file("env"), format!("unset AWS_PROFILE AWS_SESSION_TOKEN\n{path}{tools}"))?;
         self.export(self.environment())
     }
 
@@ -381,15 +383,17 @@ fn get(url: &str) -> Option<String> {
 
 /// Starts the cloud, deploys to it and stays, or leaves it running.
 pub(crate) fn up(project: &Project, options: &UpOptions) -> Result<()> {
-    let start = if options.proxy { Cloud::start_with_proxy } else { Cloud::start };
-    let cloud = start(project, options.ports, options.detach)?;
+    let programs = Programs::built(project)?;
+    let proxy = if options.proxy { Some(programs.path("aws-proxy")?) } else { None };
+    let cloud = Cloud::launch(project, options.ports, options.detach, proxy)?;
     let settings_api = options.settings_api.then(SettingsApi::reserve).transpose()?;
     let mut parameters = options.parameters.clone();
     if let Some(api) = &settings_api {
         parameters.extend(api.parameters(project, &cloud)?);
         cloud.export(api.environment())?;
     }
-    deploy::deploy(project, &cloud, &parameters)?;
+    deploy::deploy(project, &cloud, &programs, &parameters)?;
+    functions::write_environment(project, &cloud)?;
     cloud.run.make_current(project)?;
     println!("{}", instructions(&cloud));
     if let Some(api) = &settings_api {

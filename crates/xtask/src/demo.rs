@@ -92,11 +92,6 @@ pub(crate) fn demo(project: &Project, options: &DemoOptions) -> Result<()> {
     }
 }
 
-/// Builds the simulator; the rest of the demonstration would be in vain without it.
-fn simulator(project: &Project) -> Result<PathBuf> {
-    crate::program::built(project, "device-simulator")
-}
-
 /// The deployed stack, and the simulator of its devices.
 struct Demo<'a> {
     project: &'a Project,

@@ -1,14 +1,17 @@
-//! Builds and deploys the template with the commands that deploy it to AWS.
+//! Deploys the template to the local cloud with the command that deploys it to AWS.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result};
 use serde_json::Value;
 
 use crate::cloud::{Cloud, STACK};
-use crate::console::Step;
+use crate::console::{CARGO_PROGRESS, Step};
+use crate::program::Programs;
 use crate::project::Project;
+use crate::python::Venvs;
 
 /// The parameters of the `local` environment in samconfig.toml.
 const LOCAL_PARAMETERS: [&str; 2] = ["MaximumConcurrency=5", "AnomalyAlarms=false"];
@@ -28,19 +31,70 @@ pub(crate) fn parameters(table: &[(&str, &str)]) -> Vec<(String, String)> {
     table.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
 }
 
-/// Builds the Lambda functions, deploys the stack and hands its state machines to the interpreter that runs them.
-pub(crate) fn deploy(project: &Project, cloud: &Cloud, parameters: &[(String, String)]) -> Result<Outputs> {
-    // One build of all functions; the build of each by `sam build` then finds it done. It names no package, as that names
-    // none: else Cargo would choose other features of the dependencies and compile them all twice.
-    let mut build = project.command("cargo");
-    build.env("PATH", cloud.venvs.build.path()).args(["lambda", "build", "--release"]);
-    step(project, cloud, "lambda-build", &mut build)?;
+/// Deploys the stack with functions as they are built for development, and hands its state machines to the interpreter that runs
+/// them.
+pub(crate) fn deploy(
+    project: &Project,
+    cloud: &Cloud,
+    programs: &Programs,
+    parameters: &[(String, String)],
+) -> Result<Outputs> {
+    deploy_with(project, cloud, programs, None, parameters)
+}
 
+/// The same with those functions that `sam build` has built into a folder in the place of theirs.
+pub(crate) fn deploy_with(
+    project: &Project,
+    cloud: &Cloud,
+    programs: &Programs,
+    built: Option<&Path>,
+    parameters: &[(String, String)],
+) -> Result<Outputs> {
     let folder = cloud.run.file("build");
-    let mut build = cloud.tool(project, "sam");
-    build.args(["build", "--config-env", "local", "--build-dir"]).arg(&folder);
-    step(project, cloud, "sam-build", &mut build)?;
+    let mut package = project.tool(&cloud.venvs.build, "python");
+    package.arg(project.root.join("local/package_functions.py")).arg(programs.folder()?).arg(&folder).args(built);
+    {
+        let _lock = project.lock_builds()?;
+        let step = Step::start("Package the functions");
+        project.processes.run("The packaging of the functions", &mut package, &cloud.run.log("package"))?;
+        step.done();
+    }
+    deploy_template(project, cloud, &folder, parameters)
+}
 
+/// Builds and deploys with the commands that do it for AWS: functions as they are released.
+pub(crate) fn deploy_released(project: &Project, cloud: &Cloud, parameters: &[(String, String)]) -> Result<Outputs> {
+    let folder = cloud.run.file("build");
+    {
+        let _lock = project.lock_builds()?;
+        // One build of all functions; the build of each by `sam build` then finds it done. From the functions' own package, as
+        // `sam build` does it: elsewhere Cargo would choose other features of the dependencies, and compile them all twice.
+        let mut build = project.command("cargo");
+        build.current_dir(project.root.join("crates/fleet")).env("PATH", cloud.venvs.build.path());
+        build.args(["lambda", "build", "--release"]).envs(CARGO_PROGRESS);
+        let log = cloud.run.log("lambda-build");
+        let step = Step::compiling(format!("$ {}", project.line(&build)), &log);
+        project.processes.run("`cargo lambda`", &mut build, &log)?;
+        step.done();
+
+        step_of(project, cloud, "sam-build", &mut sam_build(project, &cloud.venvs, &folder))?;
+    }
+    deploy_template(project, cloud, &folder, parameters)
+}
+
+/// `sam build` into a folder, as for AWS.
+pub(crate) fn sam_build(project: &Project, venvs: &Venvs, folder: &Path) -> Command {
+    let mut build = project.tool(&venvs.build, "sam");
+    build.args(["build", "--config-env", "local", "--build-dir"]).arg(folder);
+    build
+}
+
+fn deploy_template(
+    project: &Project,
+    cloud: &Cloud,
+    folder: &Path,
+    parameters: &[(String, String)],
+) -> Result<Outputs> {
     let mut deploy = cloud.tool(project, "sam");
     // By default the settings are looked for beside the built template.
     deploy.arg("deploy").arg("--config-file").arg(project.root.join("samconfig.toml"));
@@ -49,16 +103,16 @@ pub(crate) fn deploy(project: &Project, cloud: &Cloud, parameters: &[(String, St
         deploy.arg("--parameter-overrides").args(LOCAL_PARAMETERS);
         deploy.args(parameters.iter().map(|(name, value)| format!("{name}={value}")));
     }
-    step(project, cloud, "sam-deploy", &mut deploy)?;
+    step_of(project, cloud, "sam-deploy", &mut deploy)?;
 
     let mut copy = cloud.script(project, "copy_state_machines.py");
     copy.args(["--stack", STACK, "--to", &cloud.stepfunctions_endpoint]);
-    step(project, cloud, "copy-state-machines", &mut copy)?;
+    step_of(project, cloud, "copy-state-machines", &mut copy)?;
     outputs(project, cloud)
 }
 
 /// Runs one command with its line as the title and its output in a log.
-fn step(project: &Project, cloud: &Cloud, name: &str, command: &mut Command) -> Result<()> {
+fn step_of(project: &Project, cloud: &Cloud, name: &str, command: &mut Command) -> Result<()> {
     let line = project.line(command);
     let step = Step::start(format!("$ {line}"));
     let words: Vec<&str> = line.split(' ').take(2).collect();

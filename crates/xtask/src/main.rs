@@ -7,6 +7,7 @@ mod costs;
 mod demo;
 mod deploy;
 mod forecast;
+mod functions;
 mod process;
 mod program;
 mod project;

@@ -285,7 +285,9 @@ impl Drop for Process {
 /// The end of a log, introduced by its path, for the tail of a message.
 pub(crate) fn tail(log: &Path) -> String {
     let text = fs::read(log).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default();
-    let lines: Vec<&str> = text.lines().filter(|line| !line.trim().is_empty()).collect();
+    // What a counter has overwritten is not worth telling.
+    let shown = |line: &str| line.rsplit('\r').next().unwrap_or_default().replace("\u{1b}[K", "");
+    let lines: Vec<String> = text.lines().map(shown).filter(|line| !line.trim().is_empty()).collect();
     if lines.is_empty() {
         return format!(" Its log {} is empty.", log.display());
     }

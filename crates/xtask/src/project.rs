@@ -1,7 +1,9 @@
 //! This checkout: where things are, and the environment in which its tools run.
 
+use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 
@@ -12,6 +14,9 @@ use crate::python::Venv;
 pub(crate) const REGION: &str = "eu-west-1";
 /// The account that the local cloud plays; its root key pair is this id and `test`.
 pub(crate) const ACCOUNT: &str = "000000000000";
+
+const LOCK_INTERVAL: Duration = Duration::from_millis(500);
+const LOCK_LIMIT: Duration = Duration::from_hours(1);
 
 /// The checkout, and the processes that were started for it.
 pub(crate) struct Project {
@@ -34,6 +39,33 @@ impl Project {
         self.root.join(".fleetflow")
     }
 
+    /// Keeps other commands of this checkout from building at the same time, until what it returns is dropped.
+    pub(crate) fn lock_builds(&self) -> Result<File> {
+        self.lock("build", "builds")
+    }
+
+    /// Waits until no other command of this checkout has the lock of that name, and says so if one has. The lock is released
+    /// when the file is closed, also when this program is killed.
+    pub(crate) fn lock(&self, name: &str, what: &str) -> Result<File> {
+        let path = self.state().join(format!("{name}.lock"));
+        std::fs::create_dir_all(self.state())?;
+        let file = File::create(&path).with_context(|| format!("{} cannot be written", path.display()))?;
+        let mut waiting = false;
+        self.processes.wait_for("the end of another command's work", LOCK_INTERVAL, LOCK_LIMIT, || {
+            match file.try_lock() {
+                Ok(()) => Ok(Some(())),
+                Err(TryLockError::WouldBlock) => {
+                    if !std::mem::replace(&mut waiting, true) {
+                        eprintln!("Another command of this checkout {what}; this one waits until that is done.");
+                    }
+                    Ok(None)
+                }
+                Err(TryLockError::Error(error)) => Err(error).context(format!("{} cannot be locked", path.display())),
+            }
+        })?;
+        Ok(file)
+    }
+
     /// A command in the root of the checkout that reads no settings of the user's AWS tools and writes only below
     /// `.fleetflow/` and the target folder. It builds what a shell would build: what Cargo tells this program of its own
     /// package would have others compiled anew.
@@ -50,6 +82,7 @@ impl Project {
         for (name, folder) in [
             ("XDG_CACHE_HOME", "cache"),
             ("PIP_CACHE_DIR", "cache/pip"),
+            ("UV_CACHE_DIR", "cache/uv"),
             ("ZIG_GLOBAL_CACHE_DIR", "cache/zig"),
             ("ZIG_LOCAL_CACHE_DIR", "cache/zig"),
             ("CARGO_ZIGBUILD_CACHE_DIR", "cache/zigbuild"),

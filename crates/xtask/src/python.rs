@@ -1,10 +1,10 @@
-//! Virtual environments with pinned requirements, made on first use.
+//! Virtual environments with pinned requirements, made on first use: the first by pip, it holds uv, which fills the others.
 
 use std::env;
 use std::ffi::OsString;
-use std::fs::{self, File, TryLockError};
+use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 use sha2::{Digest, Sha256};
@@ -16,8 +16,8 @@ use crate::project::Project;
 const OLDEST: (u32, u32) = (3, 11);
 /// Written last: an environment without it was interrupted while it was made.
 const COMPLETE: &str = "complete";
-const LOCK_INTERVAL: Duration = Duration::from_millis(500);
-const LOCK_LIMIT: Duration = Duration::from_mins(30);
+/// The environment of what fills the others.
+const INSTALLER: &str = "installer";
 
 /// A complete virtual environment.
 pub(crate) struct Venv {
@@ -101,9 +101,14 @@ fn ready(project: &Project, name: &str, python: &str) -> Result<Venv> {
     if complete.exists() {
         return Ok(venv);
     }
-    let _lock = lock(project, &venvs.join(format!("{name}.lock")))?;
+    let _lock = project.lock(&format!("venv/{name}"), &format!("makes the Python environment for {name}"))?;
     if !complete.exists() {
-        make(project, name, &venv, &requirements)?;
+        if name == INSTALLER {
+            make(project, name, &venv, &[], |_| pip(project, &venv, &requirements))?;
+        } else {
+            let installer = ready(project, INSTALLER, python)?;
+            make(project, name, &venv, &["--without-pip"], |venv| uv(project, &installer, venv, &requirements))?;
+        }
         fs::write(complete, "")?;
     }
     Ok(venv)
@@ -115,37 +120,45 @@ fn hash(parts: &[&str]) -> String {
     digest
 }
 
-/// The lock is released when the file is closed, also when this program is killed.
-fn lock(project: &Project, path: &Path) -> Result<File> {
-    let file = File::create(path).with_context(|| format!("{} cannot be written", path.display()))?;
-    project.processes.wait_for(
-        "another command's making of the same environment",
-        LOCK_INTERVAL,
-        LOCK_LIMIT,
-        || match file.try_lock() {
-            Ok(()) => Ok(Some(())),
-            Err(TryLockError::WouldBlock) => Ok(None),
-            Err(TryLockError::Error(error)) => Err(error).context(format!("{} cannot be locked", path.display())),
-        },
-    )?;
-    Ok(file)
-}
-
-fn make(project: &Project, name: &str, venv: &Venv, requirements: &Path) -> Result<()> {
-    let step = Step::start(format!("Python environment for {name} (once, about a minute)"));
+/// Makes the environment of that name, and fills it with a command that installs into it.
+fn make(
+    project: &Project,
+    name: &str,
+    venv: &Venv,
+    options: &[&str],
+    install: impl FnOnce(&Venv) -> Command,
+) -> Result<()> {
+    let step = Step::start(format!("Python environment for {name} (once)"));
     if venv.folder.exists() {
         fs::remove_dir_all(&venv.folder)
             .with_context(|| format!("the unfinished {} cannot be removed", venv.folder.display()))?;
     }
     let log = venv.folder.with_extension("log");
     let mut create = project.command("python3");
-    create.args(["-m", "venv"]).arg(&venv.folder);
+    create.args(["-m", "venv"]).args(options).arg(&venv.folder);
     project.processes.run("python3 -m venv", &mut create, &log)?;
-    let mut install = project.tool(venv, "python");
-    install.args(["-m", "pip", "install", "--no-input", "--requirement"]).arg(requirements);
-    project.processes.run(&format!("pip install of local/requirements-{name}.txt"), &mut install, &log)?;
+    project.processes.run(&format!("the installation of local/requirements-{name}.txt"), &mut install(venv), &log)?;
     step.done();
     Ok(())
+}
+
+fn pip(project: &Project, venv: &Venv, requirements: &Path) -> Command {
+    let mut install = project.tool(venv, "python");
+    install.args(["-m", "pip", "install", "--no-input", "--requirement"]).arg(requirements);
+    install
+}
+
+/// The same in seconds, where pip takes a minute.
+fn uv(project: &Project, installer: &Venv, venv: &Venv, requirements: &Path) -> Command {
+    let mut install = project.tool(installer, "uv");
+    install.args(["pip", "install", "--python"]).arg(venv.program("python")).arg("--requirement").arg(requirements);
+    // Where packages come from, for those who have told pip.
+    for (pip, uv) in [("PIP_INDEX_URL", "UV_DEFAULT_INDEX"), ("PIP_CERT", "SSL_CERT_FILE")] {
+        if let (Some(value), None) = (env::var_os(pip), env::var_os(uv)) {
+            install.env(uv, value);
+        }
+    }
+    install
 }
 
 #[cfg(test)]

@@ -86,9 +86,14 @@ impl Run {
         self.folder.join("logs").join(format!("{name}.log"))
     }
 
+    /// `.fleetflow/current`, two levels above the run's folder.
+    fn current(&self) -> Option<PathBuf> {
+        Some(self.folder.ancestors().nth(2)?.join("current"))
+    }
+
     /// Makes `.fleetflow/current` lead to this run.
     pub(crate) fn make_current(&self, project: &Project) -> Result<()> {
-        let link = project.state().join("current");
+        let link = self.current().context("the run's folder is in no other")?;
         let fresh = project.state().join(format!("current-{}", std::process::id()));
         symlink(&self.folder, &fresh)
             .and_then(|()| fs::rename(&fresh, &link))
@@ -124,8 +129,11 @@ impl Run {
         serde_json::from_slice(&fs::read(self.file(RECORD)).ok()?).ok()
     }
 
-    /// Marks the run as over and deletes what only a running cloud needs.
+    /// Marks the run as over and deletes what only a running cloud needs, and what leads there.
     pub(crate) fn close(&self) {
+        if let Some(current) = self.current().filter(|link| fs::read_link(link).is_ok_and(|to| to == self.folder)) {
+            let _ = fs::remove_file(current);
+        }
         // Cleaning up is best effort: what cannot be deleted now is deleted with the whole folder later.
         let _ = fs::rename(self.file(RECORD), self.file(STOPPED));
         for part in TEMPORARY {

@@ -2,15 +2,19 @@
 
 mod chaos;
 
+use std::fs;
+use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use clap::Args;
 
-use crate::cloud::{Cloud, FixedPorts};
+use crate::cloud::{Cloud, FixedPorts, STACK};
 use crate::console::Step;
 use crate::deploy;
+use crate::process::{Kind, Process};
+use crate::program::Programs;
 use crate::project::Project;
 use crate::python::{self, Venvs};
 use crate::settings_api::SettingsApi;
@@ -149,7 +153,12 @@ fn definitions(project: &Project, passed: &mut Passed) -> Result<()> {
 }
 
 fn end_to_end(project: &Project, options: &TestOptions, passed: &mut Passed) -> Result<()> {
-    let (cloud, settings_api) = test_cloud(project, TEST_PARAMETERS, passed)?;
+    let stack = Stack::deployed(project, TEST_PARAMETERS, passed)?;
+    let Stack { cloud, settings_api, .. } = &stack;
+    let release = match options.filter {
+        None => Some(Release::start(project, stack.cloud.run.file("release"))?),
+        Some(_) => None,
+    };
     // The same targets as in the step before: with others, features would unify otherwise and the SDK compile twice.
     let mut tests = cargo(project, &["test", "--workspace", "--tests", "--", "--ignored", "--skip", chaos::NAMES]);
     tests.args(["--test-threads", END_TO_END_AT_ONCE]);
@@ -157,29 +166,82 @@ fn end_to_end(project: &Project, options: &TestOptions, passed: &mut Passed) -> 
     tests.env("FLEETFLOW_STEP_TIMEOUT_SECONDS", STEP_TIMEOUT_SECONDS);
     tests.envs(options.seed.map(|seed| ("FLEETFLOW_SEED", seed.to_string())));
     passed.command(project, "End-to-end tests", tests)?;
-    let slice = chaos::tests(project, options, &cloud, &settings_api, ALL_WORKFLOWS);
+    let slice = chaos::tests(project, options, cloud, settings_api, ALL_WORKFLOWS);
     passed.command(project, "Made-up faults", slice)?;
-    stop(cloud, passed)
+    if let Some(release) = release {
+        passed.step("Release build, deployed and invoked", || release.check(project, &stack))?;
+    }
+    stack.stop(passed)
 }
 
 /// A local cloud with its proxy and the deployed stack. The tests are its settings API.
-fn test_cloud(project: &Project, parameters: &[(&str, &str)], passed: &mut Passed) -> Result<(Cloud, SettingsApi)> {
-    let settings_api = SettingsApi::reserve()?;
-    let mut cloud = None;
-    passed.step("Local cloud", || {
-        let started = Cloud::start_with_proxy(project, FixedPorts::default(), false)?;
-        let mut parameters = deploy::parameters(parameters);
-        parameters.extend(settings_api.parameters(project, &started)?);
-        deploy::deploy(project, &started, &parameters)?;
-        cloud = Some(started);
-        Ok(())
-    })?;
-    Ok((cloud.context("the local cloud has not started")?, settings_api))
+struct Stack {
+    cloud: Cloud,
+    settings_api: SettingsApi,
+    programs: Programs,
+    parameters: Vec<(String, String)>,
 }
 
-fn stop(cloud: Cloud, passed: &mut Passed) -> Result<()> {
-    passed.step("Stop the local cloud", || {
-        drop(cloud);
+impl Stack {
+    fn deployed(project: &Project, parameters: &[(&str, &str)], passed: &mut Passed) -> Result<Self> {
+        let mut stack = None;
+        passed.step("Local cloud", || {
+            let programs = Programs::built(project)?;
+            let settings_api = SettingsApi::reserve()?;
+            let cloud = Cloud::start_with_proxy(project, programs.path("aws-proxy")?, FixedPorts::default(), false)?;
+            let mut parameters = deploy::parameters(parameters);
+            parameters.extend(settings_api.parameters(project, &cloud)?);
+            deploy::deploy(project, &cloud, &programs, &parameters)?;
+            stack = Some(Self { cloud, settings_api, programs, parameters });
+            Ok(())
+        })?;
+        stack.context("the local cloud has not started")
+    }
+
+    fn stop(self, passed: &mut Passed) -> Result<()> {
+        passed.step("Stop the local cloud", || {
+            drop(self.cloud);
+            Ok(())
+        })
+    }
+}
+
+/// `sam build` of a function as AWS gets it: a release build by cargo-lambda. It compiles for minutes, so it does that while the
+/// end-to-end tests mostly wait, and lets them go first.
+struct Release {
+    build: Process,
+    folder: PathBuf,
+}
+
+impl Release {
+    const FUNCTION: &str = "CreateJobFunction";
+
+    fn start(project: &Project, folder: PathBuf) -> Result<Self> {
+        let sam = deploy::sam_build(project, &Venvs::ready(project)?, &folder);
+        let mut command = project.command("nice");
+        command.args(["-n", "19"]).arg(sam.get_program()).args(sam.get_args()).arg(Self::FUNCTION);
+        command.envs(sam.get_envs().filter_map(|(name, value)| Some((name, value?))));
+        eprintln!("$ {}", project.line(&sam));
+        let build =
+            project.processes.spawn("`sam build`", Kind::Task, &mut command, Some(&folder.with_extension("log")))?;
+        Ok(Self { build, folder })
+    }
+
+    /// Waits for the build, deploys the function in the place of its debug build, and invokes it.
+    fn check(&self, project: &Project, stack: &Stack) -> Result<()> {
+        let step = Step::start("Wait for `sam build`");
+        self.build.expect_success(project.processes.finish(&self.build)?)?;
+        step.done();
+        deploy::deploy_with(project, &stack.cloud, &stack.programs, Some(&self.folder), &stack.parameters)?;
+        let event = r#"{"firmwareVersion": "2.0.0", "upgradeTrigger": "test", "targetArn": "nothing"}"#;
+        let mut invoke = stack.cloud.tool(project, "sam");
+        invoke.args(["remote", "invoke", Self::FUNCTION, "--stack-name", STACK, "--event", event]);
+        let answer = stack.cloud.run.log("release-invoke");
+        // It is an error of the function, which is how we know that it has read the payload.
+        let process = project.processes.spawn("`sam remote invoke`", Kind::Task, &mut invoke, Some(&answer))?;
+        project.processes.finish(&process)?;
+        let answer = fs::read_to_string(&answer)?;
+        ensure!(answer.contains("InvalidInput") && answer.contains("targetArn"), "the function answered: {answer}");
         Ok(())
-    })
+    }
 }

@@ -66,6 +66,9 @@ pub(super) struct Monitor {
     /// What is said: from `info` on a chart of a single sensor, of many what they are told; with `debug` each reading
     #[arg(long, value_enum, default_value_t = LogLevel::Info)]
     log_level: LogLevel,
+    /// Say nothing but warnings, errors and the result
+    #[arg(long, short, conflicts_with = "log_level")]
+    quiet: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -110,8 +113,11 @@ impl Monitor {
     pub(super) async fn run(self) -> Result<bool, Failure> {
         let things = self.things()?;
         let sensors = things.len();
-        eprintln!("sensors: {sensors}, building: {}, broker: {}", self.building, self.endpoint);
-        let display = Display::log(self.log_level.name());
+        let log_level = if self.quiet { LogLevel::Warn } else { self.log_level };
+        if !self.quiet {
+            eprintln!("sensors: {sensors}, building: {}, broker: {}", self.building, self.endpoint);
+        }
+        let display = Display::log(log_level.name());
         let options = SensorOptions {
             endpoint: self.endpoint.clone(),
             ca: self.ca.clone(),

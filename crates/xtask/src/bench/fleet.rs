@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use super::Findings;
 use super::stack::{Stack, count, exponent, percentile};
 use crate::process::{GRACE, Kind, Process};
-use crate::program::built_with;
+use crate::program::released;
 use crate::project::Project;
 
 const DEVICES: [usize; 3] = [50, 200, 1000];
@@ -38,7 +38,7 @@ struct Execution {
 
 /// Upgrades one fleet after the other in one cloud.
 pub(super) fn measure(project: &Project) -> Result<Findings> {
-    let simulator = built_with(project, "device-simulator", &["--release", "--package", "device-simulator"])?;
+    let simulator = released(project, "device-simulator", &["--package", "device-simulator"])?;
     let stack = Stack::deployed(project, &[("ConfigPushEnabled", "false")])?;
     let bench = Bench { stack, simulator };
     let artifact = bench.stack.upload(IMAGE_BYTES)?;

@@ -6,39 +6,23 @@ use std::fs;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::Findings;
 use super::runtime_api::{Binary, as_mebibytes, median};
 use crate::cloud::{Cloud, FixedPorts};
 use crate::deploy;
+use crate::functions::{self, Function};
 use crate::project::{ACCOUNT, Project, REGION};
 
 const STARTS: usize = 30;
 const FIRST_INVOCATIONS: usize = 15;
 const INVOCATIONS: usize = 500;
 
-/// A deployed function.
-#[derive(Deserialize)]
-#[serde(rename_all = "PascalCase")]
-struct Function {
-    #[serde(rename = "FunctionName")]
-    name: String,
-    code_size: u64,
-    environment: Option<Environment>,
-}
-
-#[derive(Deserialize)]
-#[serde(rename_all = "PascalCase")]
-struct Environment {
-    variables: BTreeMap<String, String>,
-}
-
 /// Deploys to a local cloud and measures every function.
 pub(super) fn measure(project: &Project) -> Result<Findings> {
     let cloud = Cloud::start(project, FixedPorts::default(), false)?;
-    deploy::deploy(project, &cloud, &[])?;
+    deploy::deploy_released(project, &cloud, &[])?;
     let mut rows = Vec::new();
     for (binary, zipped) in binaries(project, &cloud)? {
         eprintln!("{}", binary.name);
@@ -60,12 +44,7 @@ pub(super) fn measure(project: &Project) -> Result<Findings> {
 
 /// The binaries, and how large they are when zipped.
 fn binaries(project: &Project, cloud: &Cloud) -> Result<Vec<(Binary, u64)>> {
-    let mut list = cloud.tool(project, "aws");
-    list.args(["lambda", "list-functions", "--output", "json", "--query", "Functions[]"]);
-    let answer =
-        project.processes.output("`aws lambda list-functions`", &mut list, &cloud.run.log("list-functions"))?;
-    let functions: Vec<Function> =
-        serde_json::from_str(&answer).context("functions have another shape than expected")?;
+    let functions = functions::list(project, cloud)?;
     let mut binaries = Vec::new();
     for entry in fs::read_dir(project.root.join("target/lambda"))? {
         let folder = entry?.path();
@@ -76,7 +55,7 @@ fn binaries(project: &Project, cloud: &Cloud) -> Result<Vec<(Binary, u64)>> {
         let Some(function) = functions.iter().find(is_ours) else { continue };
         let mut variables: BTreeMap<String, String> =
             cloud.environment().into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
-        variables.extend(function.environment.iter().flat_map(|environment| environment.variables.clone()));
+        variables.extend(function.variables().clone());
         let path = folder.join("bootstrap");
         binaries.push((Binary { name, path, variables }, function.code_size));
     }

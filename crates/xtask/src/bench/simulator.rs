@@ -9,7 +9,7 @@ use serde::Deserialize;
 
 use super::Findings;
 use crate::process::Kind;
-use crate::program::built_with;
+use crate::program::released;
 use crate::project::Project;
 
 const MANIFEST: &str = "crates/simulator-bench/Cargo.toml";
@@ -45,11 +45,11 @@ impl Drop for Temporary {
 
 /// Builds both programs and measures one size of the fleet after the other.
 pub(super) fn measure(project: &Project) -> Result<Findings> {
-    let simulator = built_with(project, "device-simulator", &["--release", "--package", "device-simulator"])?;
+    let simulator = released(project, "device-simulator", &["--package", "device-simulator"])?;
     let target = project.root.join("target");
     let target = target.to_str().context("the checkout's path is no text")?;
-    let arguments = ["--release", "--manifest-path", MANIFEST, "--target-dir", target];
-    let bench = built_with(project, "simulator-bench", &arguments)?;
+    let arguments = ["--manifest-path", MANIFEST, "--target-dir", target];
+    let bench = released(project, "simulator-bench", &arguments)?;
     let measured = run(project, &simulator, &bench)?;
     let base = measured.first().context("nothing was measured")?;
     Ok(Findings {

@@ -23,7 +23,7 @@ impl<'a> Stack<'a> {
     /// Starts a local cloud and deploys to it.
     pub(super) fn deployed(project: &'a Project, parameters: &[(&str, &str)]) -> Result<Self> {
         let cloud = Cloud::start(project, FixedPorts::default(), false)?;
-        let outputs = deploy::deploy(project, &cloud, &deploy::parameters(parameters))?;
+        let outputs = deploy::deploy_released(project, &cloud, &deploy::parameters(parameters))?;
         Ok(Self { project, cloud, outputs })
     }
 

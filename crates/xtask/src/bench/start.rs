@@ -98,7 +98,7 @@ fn build(project: &Project, folder: &str, settings: &[(&str, &str)]) -> Result<(
     let target = project.root.join("target/bench/start").join(folder);
     fs::create_dir_all(&target)?;
     let mut build = project.command("cargo");
-    build.args(["lambda", "build", "--release", "--bin", FUNCTION]);
+    build.current_dir(project.root.join("crates/fleet")).args(["lambda", "build", "--release", "--bin", FUNCTION]);
     build.env("PATH", venvs.build.path()).env("CARGO_TARGET_DIR", &target);
     build.envs(settings.iter().map(|(name, value)| (format!("CARGO_PROFILE_RELEASE_{name}"), value)));
     let settings = settings.iter().map(|(name, value)| format!("{name}={value} ")).collect::<String>();

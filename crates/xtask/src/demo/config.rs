@@ -15,6 +15,7 @@ use super::{Demo, DemoOptions, POLL_INTERVAL, counts};
 use crate::cloud::{Cloud, FixedPorts};
 use crate::deploy::{self, Outputs};
 use crate::process::{GRACE, Kind, Process};
+use crate::program::Programs;
 use crate::project::Project;
 use crate::settings_api::SettingsApi;
 
@@ -130,12 +131,13 @@ pub(super) fn demo(project: &Project, options: &DemoOptions) -> Result<()> {
     let faults = faults::parse(options.fail.as_deref())?;
     check(&faults)?;
     let expected = FAULTS.expected_failures(&faults, options.devices)?;
-    let simulator = super::simulator(project)?;
+    let programs = Programs::built(project)?;
+    let simulator = programs.path("device-simulator")?.to_owned();
     let cloud = Cloud::start(project, FixedPorts::default(), false)?;
     let api = SettingsApi::reserve()?;
     // It serves until the end of the demonstration.
     let _server = serve(project, &cloud, &simulator, &api)?;
-    let outputs = deploy(project, &cloud, &api)?;
+    let outputs = deploy(project, &cloud, &programs, &api)?;
     let demo = Demo { project, cloud: &cloud, outputs, simulator, options };
     demo.provision()?;
     let pushes = demo.first_act()?;
@@ -174,10 +176,10 @@ fn serve(project: &Project, cloud: &Cloud, simulator: &Path, api: &SettingsApi) 
     Ok(server)
 }
 
-fn deploy(project: &Project, cloud: &Cloud, api: &SettingsApi) -> Result<Outputs> {
+fn deploy(project: &Project, cloud: &Cloud, programs: &Programs, api: &SettingsApi) -> Result<Outputs> {
     let mut parameters = api.parameters(project, cloud)?;
     parameters.extend(deploy::parameters(PARAMETERS));
-    deploy::deploy(project, cloud, &parameters)
+    deploy::deploy(project, cloud, programs, &parameters)
 }
 
 impl Demo<'_> {

@@ -16,6 +16,7 @@ use super::{Demo, DemoOptions, POLL_INTERVAL, counts};
 use crate::cloud::{Cloud, FixedPorts, STACK};
 use crate::deploy;
 use crate::process::{GRACE, Process};
+use crate::program::Programs;
 use crate::project::Project;
 
 const VERSION: &str = "2.0.0";
@@ -84,9 +85,10 @@ struct Report {
 /// Runs the whole demonstration.
 pub(super) fn demo(project: &Project, options: &DemoOptions) -> Result<()> {
     let expected = FAULTS.expected_failures(&faults::parse(options.fail.as_deref())?, options.devices)?;
-    let simulator = super::simulator(project)?;
+    let programs = Programs::built(project)?;
+    let simulator = programs.path("device-simulator")?.to_owned();
     let cloud = Cloud::start(project, FixedPorts::default(), false)?;
-    let outputs = deploy::deploy(project, &cloud, &deploy::parameters(PARAMETERS))?;
+    let outputs = deploy::deploy(project, &cloud, &programs, &deploy::parameters(PARAMETERS))?;
     let demo = Demo { project, cloud: &cloud, outputs, simulator, options };
     demo.provision()?;
     let artifact = demo.upload()?;

@@ -11,6 +11,7 @@ use super::{Demo, DemoOptions, POLL_INTERVAL};
 use crate::cloud::{Cloud, FixedPorts};
 use crate::deploy;
 use crate::process::{Kind, Process};
+use crate::program::Programs;
 use crate::project::Project;
 
 const TENANT: &str = "tenant1";
@@ -41,11 +42,11 @@ pub(super) fn demo(project: &Project, options: &DemoOptions) -> Result<()> {
     if options.fail.is_some() {
         bail!("--fail is not for this demonstration: it has no devices");
     }
-    let worker = crate::program::built(project, "on-premises-worker")?;
+    let programs = Programs::built(project)?;
     let cloud = Cloud::start(project, FixedPorts::default(), false)?;
-    let outputs = deploy::deploy(project, &cloud, &deploy::parameters(PARAMETERS))?;
+    let outputs = deploy::deploy(project, &cloud, &programs, &deploy::parameters(PARAMETERS))?;
     let demo = Demo { project, cloud: &cloud, outputs, simulator: PathBuf::new(), options };
-    let lines = demo.run_jobs(&worker)?;
+    let lines = demo.run_jobs(programs.path("on-premises-worker")?)?;
     println!("\n{:<44}  outcome", "input");
     for Line { input, outcome } in lines {
         println!("{input:<44}  {outcome}");

@@ -10,6 +10,7 @@ use super::{Demo, DemoOptions, POLL_INTERVAL};
 use crate::cloud::{Cloud, FixedPorts, STACK};
 use crate::deploy;
 use crate::process::{GRACE, Process};
+use crate::program::Programs;
 use crate::project::Project;
 
 const THING: &str = "sim-0001";
@@ -73,9 +74,10 @@ pub(super) fn demo(project: &Project, options: &DemoOptions) -> Result<()> {
     if options.fail.is_some() {
         bail!("--fail is not for this demonstration: its device fails in its own way");
     }
-    let simulator = super::simulator(project)?;
+    let programs = Programs::built(project)?;
+    let simulator = programs.path("device-simulator")?.to_owned();
     let cloud = Cloud::start(project, FixedPorts::default(), false)?;
-    let outputs = deploy::deploy(project, &cloud, &deploy::parameters(PARAMETERS))?;
+    let outputs = deploy::deploy(project, &cloud, &programs, &deploy::parameters(PARAMETERS))?;
     let demo = Demo { project, cloud: &cloud, outputs, simulator, options };
     let chapters = demo.tell()?;
     println!("\n{:<20}  {:<44}  FW, model", THING, "job executions");

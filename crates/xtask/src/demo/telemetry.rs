@@ -12,6 +12,7 @@ use serde_json::Value;
 use super::{Demo, DemoOptions, POLL_INTERVAL};
 use crate::cloud::{Cloud, FixedPorts};
 use crate::deploy;
+use crate::program::Programs;
 use crate::project::Project;
 
 const BUILDING: &str = "1";
@@ -77,9 +78,10 @@ pub(super) fn demo(project: &Project, options: &DemoOptions) -> Result<()> {
     if options.fail.is_some() {
         bail!("--fail is not for this demonstration: its sensors have no faults");
     }
-    let simulator = super::simulator(project)?;
+    let programs = Programs::built(project)?;
+    let simulator = programs.path("device-simulator")?.to_owned();
     let cloud = Cloud::start(project, FixedPorts::default(), false)?;
-    let outputs = deploy::deploy(project, &cloud, &deploy::parameters(PARAMETERS))?;
+    let outputs = deploy::deploy(project, &cloud, &programs, &deploy::parameters(PARAMETERS))?;
     let demo = Demo { project, cloud: &cloud, outputs, simulator, options };
     demo.provision_sensors()?;
     demo.monitor()?;

@@ -7,7 +7,7 @@ use std::process::Command;
 use anyhow::{Context, Result};
 use serde::Deserialize;
 
-use super::{Passed, TestOptions, cargo, stop, test_cloud};
+use super::{Passed, Stack, TestOptions, cargo};
 use crate::cloud::Cloud;
 use crate::console;
 use crate::project::Project;
@@ -58,14 +58,14 @@ pub(super) fn chaos(project: &Project, options: &TestOptions, cases: u32, passed
     if reports.exists() {
         fs::remove_dir_all(&reports).with_context(|| format!("{} cannot be emptied", reports.display()))?;
     }
-    let (cloud, settings_api) = test_cloud(project, PARAMETERS, passed)?;
-    let mut tests = tests(project, options, &cloud, &settings_api, AT_ONCE);
+    let stack = Stack::deployed(project, PARAMETERS, passed)?;
+    let mut tests = tests(project, options, &stack.cloud, &stack.settings_api, AT_ONCE);
     tests.env("FLEETFLOW_CHAOS_CASES", cases.to_string()).env("FLEETFLOW_CHAOS_REPORTS", &reports);
     tests.envs(options.case.map(|case| ("FLEETFLOW_CHAOS_CASE", case.to_string())));
     let outcome = passed.command(project, "Made-up faults", tests);
     println!("\n{}\n", console::table(&COLUMNS.map(String::from), &rows(&reports)?));
     outcome?;
-    stop(cloud, passed)
+    stack.stop(passed)
 }
 
 /// The command that tries workflows, so many at the same time.

@@ -18,7 +18,7 @@ use crate::cloud::{Cloud, FixedPorts};
 use crate::costs::{Amounts, Measured, Path, Prices, Workflow};
 use crate::deploy;
 use crate::process::{GRACE, Kind, Process};
-use crate::program::built;
+use crate::program::released;
 use crate::project::Project;
 
 const DEVICES: usize = 10;
@@ -77,28 +77,34 @@ struct Bench<'a> {
 
 /// Runs everything; what was counted, and what of the stack costs by the month.
 pub(super) fn run(project: &Project, prices: &Prices) -> Result<(Workflows, Amounts)> {
-    let simulator = built(project, "device-simulator")?;
-    let worker = built(project, "on-premises-worker")?;
+    let program = |name| released(project, name, &["--package", name]);
+    let [simulator, worker, proxy] = ["device-simulator", "on-premises-worker", "aws-proxy"].map(program);
+    let (simulator, worker, proxy) = (simulator?, worker?, proxy?);
     let mut workflows = Workflows::new();
     let mut add = |workflow: Workflow, measured: Measured| {
         workflows.insert(workflow.key().to_owned(), measured);
     };
-    let bench = Bench::deployed(project, &simulator, PARAMETERS)?;
+    let bench = Bench::deployed(project, &simulator, &proxy, PARAMETERS)?;
     let monthly = monthly(&bench.stack)?;
     add(Workflow::Firmware, bench.firmware(prices)?);
     add(Workflow::OnPremises, bench.on_premises(&worker)?);
     add(Workflow::Recovery, bench.recovery()?);
     add(Workflow::Telemetry, bench.telemetry()?);
     drop(bench);
-    let bench = Bench::deployed(project, &simulator, PUSH_PARAMETERS)?;
+    let bench = Bench::deployed(project, &simulator, &proxy, PUSH_PARAMETERS)?;
     add(Workflow::Config, bench.config()?);
     Ok((workflows, monthly))
 }
 
 impl<'a> Bench<'a> {
-    fn deployed(project: &'a Project, simulator: &FilePath, parameters: &[(&str, &str)]) -> Result<Self> {
-        let cloud = Cloud::start_with_proxy(project, FixedPorts::default(), false)?;
-        let outputs = deploy::deploy(project, &cloud, &deploy::parameters(parameters))?;
+    fn deployed(
+        project: &'a Project,
+        simulator: &FilePath,
+        proxy: &FilePath,
+        parameters: &[(&str, &str)],
+    ) -> Result<Self> {
+        let cloud = Cloud::start_with_proxy(project, proxy, FixedPorts::default(), false)?;
+        let outputs = deploy::deploy_released(project, &cloud, &deploy::parameters(parameters))?;
         let proxy = cloud.environment().into_iter().find(|(name, _)| *name == "FLEETFLOW_PROXY");
         let (_, proxy) = proxy.context("the local cloud has no proxy")?;
         let meter = Meter { proxy, file: cloud.run.log("metering") };
