@@ -13,7 +13,8 @@ const AMAZON_ROOTS: &[u8] = include_bytes!("amazon-roots.pem");
 /// The configuration of a Lambda function: Region, credentials and endpoints from its environment.
 pub async fn load() -> SdkConfig {
     let https = Builder::new().tls_provider(Provider::Rustls(CryptoMode::Ring)).tls_context(tls()).build_https();
-    aws_config::defaults(BehaviorVersion::latest()).http_client(https).load().await
+    // Boxed, for it is large, and part of every function's first step.
+    Box::pin(aws_config::defaults(BehaviorVersion::latest()).http_client(https).load()).await
 }
 
 /// Whose certificates are believed. The system's authorities, of whom there are hundreds, took most of a function's start to read;

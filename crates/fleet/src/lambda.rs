@@ -22,7 +22,7 @@ pub const MAX_BATCH_BYTES: usize = 6 * 1024 * 1024;
 /// for minutes to learn nothing.
 pub async fn configured<T>(build: impl Future<Output = Result<T, String>>) -> Result<T, lambda_runtime::Error> {
     let why = match build.await {
-        Ok(built) => return Ok(built),
+        Ok(reached) => return Ok(reached),
         Err(why) => why,
     };
     init_default_subscriber();

@@ -9,7 +9,7 @@ use tiny_http::{Header, Request, Response, Server};
 
 /// Needs nothing but the Region.
 const WITHOUT_VARIABLES: &str = "configure-iot";
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_mins(1);
 
 /// A function's process, ended with the test.
 struct Running(Child);

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 
 use crate::console::Step;
-use crate::deploy;
+use crate::deploy::{self, Outputs};
 use crate::functions;
 use crate::process::{Interrupted, Kind, Process};
 use crate::program::Programs;
@@ -392,10 +392,10 @@ pub(crate) fn up(project: &Project, options: &UpOptions) -> Result<()> {
         parameters.extend(api.parameters(project, &cloud)?);
         cloud.export(api.environment())?;
     }
-    deploy::deploy(project, &cloud, &programs, &parameters)?;
+    let outputs = deploy::deploy(project, &cloud, &programs, &parameters)?;
     functions::write_environment(project, &cloud)?;
     cloud.run.make_current(project)?;
-    println!("{}", instructions(&cloud));
+    println!("{}", instructions(&cloud, &outputs)?);
     if let Some(api) = &settings_api {
         println!("{}", settings_api_instructions(api));
     }
@@ -418,33 +418,39 @@ pub(crate) fn stay(project: &Project) -> Result<()> {
     Err(reason)
 }
 
-fn instructions(cloud: &Cloud) -> String {
+fn instructions(cloud: &Cloud, outputs: &Outputs) -> Result<String> {
     let Cloud { endpoint, stepfunctions_endpoint, mqtt, ca, run, .. } = cloud;
     let (ca, folder) = (ca.display(), run.folder.display());
-    format!(
+    let [policy, group, kind] = ["DevicePolicyName", "ThingGroupName", "ThingTypeName"].map(|name| outputs.get(name));
+    let (policy, group, kind) = (policy?, group?, kind?);
+    let (arn, bucket) = (outputs.get("ThingGroupArn")?, outputs.get("FirmwareBucketName")?);
+    Ok(format!(
         "\nThe local cloud is up, with the stack {STACK}.
   AWS endpoint    {endpoint}
   Step Functions  {stepfunctions_endpoint}
   MQTT broker     {mqtt} (certificate authority: {ca})
   logs            {folder}/logs
 
-In another terminal, make `aws`, `sam` and the simulator find it:
+In another terminal, make `aws`, `sam`, `cargo lambda` and the simulator find it:
   source .fleetflow/current/env
-Devices of the stack's thing group, with its policy (names: `sam list stack-outputs --stack-name {STACK}`):
-  cargo run -p device-simulator -- provision --count 20 --prefix sim --certificates .fleetflow/current/devices \\
-    --policy DEVICE-POLICY-NAME --thing-group THING-GROUP-NAME
-  cargo run -p device-simulator -- run --certificates .fleetflow/current/devices --endpoint {mqtt} --ca {ca}
+Devices of the stack's thing group, with its policy:
+  cargo run --bin device-simulator -- provision --count 20 --prefix sim --certificates .fleetflow/current/devices \\
+    --policy {policy} --thing-group {group} --thing-type {kind}
+  cargo run --bin device-simulator -- run --certificates .fleetflow/current/devices --endpoint {mqtt} --ca {ca}
 Update them:
-  aws s3 cp FIRMWARE-FILE s3://FIRMWARE-BUCKET-NAME/firmware/2.0.0
+  aws s3 cp FIRMWARE-FILE s3://{bucket}/firmware/2.0.0
   sam remote invoke CreateJobFunction --stack-name {STACK} --event '{{\"firmwareVersion\": \"2.0.0\", \
-\"upgradeTrigger\": \"manual\", \"targetArn\": \"THING-GROUP-ARN\", \"artifact\": {{\"key\": \"firmware/2.0.0\"}}}}'"
-    )
+\"upgradeTrigger\": \"manual\", \"targetArn\": \"{arn}\"}}'
+Work on a function, here create-job (the others are in crates/fleet/src/bin):
+  cargo lambda watch --env-file .fleetflow/current/functions.env
+  cargo lambda invoke create-job --data-file upgrade.json"
+    ))
 }
 
 fn settings_api_instructions(api: &SettingsApi) -> String {
     format!(
         "The settings API is expected on {}; the simulator has one:
-  SETTINGS_API_KEY=$FLEETFLOW_SETTINGS_API_KEY cargo run -p device-simulator -- settings-api \
+  SETTINGS_API_KEY=$FLEETFLOW_SETTINGS_API_KEY cargo run --bin device-simulator -- settings-api \
 --listen $FLEETFLOW_SETTINGS_API",
         api.address
     )

@@ -13,6 +13,7 @@ use clap::Args;
 use crate::cloud::{Cloud, FixedPorts, STACK};
 use crate::console::Step;
 use crate::deploy;
+use crate::functions;
 use crate::process::{Kind, Process};
 use crate::program::Programs;
 use crate::project::Project;
@@ -192,6 +193,7 @@ impl Stack {
             let mut parameters = deploy::parameters(parameters);
             parameters.extend(settings_api.parameters(project, &cloud)?);
             deploy::deploy(project, &cloud, &programs, &parameters)?;
+            functions::write_environment(project, &cloud)?;
             stack = Some(Self { cloud, settings_api, programs, parameters });
             Ok(())
         })?;

@@ -1,0 +1,132 @@
+//! Work on one function as the README has it: its commands as they stand, on a copy of the checkout, and an edit.
+
+use serde_json::{Value, json};
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use tests::{Cloud, eventually};
+
+/// What a copy does without: what is built, and what Git and the local cloud keep.
+const LEFT_OUT: [&str; 3] = ["target", ".git", ".fleetflow"];
+/// What Cargo needs of a target folder to find dependencies built.
+const BUILT: [&str; 3] = ["deps", "build", ".fingerprint"];
+
+/// Starts the local cloud, watches, invokes.
+struct Commands {
+    watch: String,
+    invoke: String,
+}
+
+impl Commands {
+    /// Those of the README; the local cloud is up already.
+    fn of_readme(root: &Path) -> Self {
+        let readme = fs::read_to_string(root.join("README.md")).expect("README.md");
+        let block = readme.split("```").find(|block| block.contains("cargo lambda watch --")).expect("the commands");
+        let lines: Vec<&str> = block.lines().filter(|line| !line.trim().is_empty()).collect();
+        let [up, watch, invoke] = lines[..] else { panic!("expected three commands: {block}") };
+        assert_eq!(up, "cargo xtask up");
+        Self { watch: watch.to_owned(), invoke: invoke.to_owned() }
+    }
+}
+
+/// A process with all its children, ended together.
+struct ProcessGroup(Child);
+
+impl Drop for ProcessGroup {
+    fn drop(&mut self) {
+        let _ = Command::new("kill").args(["-TERM", "--", &format!("-{}", self.0.id())]).status();
+        let _ = self.0.wait();
+    }
+}
+
+fn copy(from: &Path, to: &Path) {
+    fs::create_dir_all(to).expect("a folder");
+    for entry in fs::read_dir(from).expect("a folder") {
+        let entry = entry.expect("an entry");
+        let (path, target) = (entry.path(), to.join(entry.file_name()));
+        if LEFT_OUT.iter().any(|name| entry.file_name() == *name) {
+        } else if path.is_dir() {
+            copy(&path, &target);
+        } else {
+            fs::copy(&path, &target).expect("a copy");
+        }
+    }
+}
+
+/// A copy of the checkout whose dependencies are built, and whose local cloud is the tests'.
+fn checkout(folder: &Path) -> PathBuf {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace");
+    let checkout = folder.join("checkout");
+    copy(root, &checkout);
+    // This program is in `deps` of the profile's folder. Links, as they are gigabytes that nobody writes to.
+    let built = std::env::current_exe().expect("this program").ancestors().nth(2).expect("target/debug").to_owned();
+    let target = checkout.join("target/debug");
+    fs::create_dir_all(&target).expect("a folder");
+    for part in BUILT {
+        let copied = Command::new("cp").args(["-al"]).arg(built.join(part)).arg(&target).status();
+        assert!(copied.expect("cp").success(), "{part} is linked");
+    }
+    fs::create_dir_all(checkout.join(".fleetflow")).expect("a folder");
+    symlink(std::env::var("FLEETFLOW_RUN").expect("a run"), checkout.join(".fleetflow/current")).expect("a link");
+    checkout
+}
+
+/// A command line in the checkout, in a terminal that knows nothing yet of the local cloud.
+fn shell(checkout: &Path, line: &str) -> Command {
+    let mut command = Command::new("bash");
+    command.args(["-c", line]).current_dir(checkout).stdin(Stdio::null());
+    for (name, _) in std::env::vars_os() {
+        let name = name.to_string_lossy().into_owned();
+        if ["AWS_", "FLEETFLOW_", "CARGO_"].iter().any(|prefix| name.starts_with(prefix)) && name != "CARGO_HOME" {
+            command.env_remove(name);
+        }
+    }
+    command
+}
+
+fn text(output: &Output) -> String {
+    format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
+}
+
+#[tokio::test]
+#[ignore = "needs the local cloud: cargo xtask test"]
+async fn a_function_is_watched_invoked_and_edited_as_the_readme_says() {
+    let cloud = Cloud::connect().await;
+    let folder = Cloud::folder("watch");
+    let checkout = checkout(&folder);
+    let commands = Commands::of_readme(&checkout);
+    let image = cloud.upload("2.0.0", 1000).await;
+    let payload = |target: &str| {
+        let payload = json!({
+            "firmwareVersion": "2.0.0", "upgradeTrigger": "manual", "targetArn": target, "artifact": image.artifact,
+        });
+        fs::write(checkout.join("upgrade.json"), payload.to_string()).expect("a payload");
+    };
+    payload(cloud.output("ThingGroupArn"));
+
+    // Its log is elsewhere: whatever changes in the checkout has the function built.
+    let log = fs::File::create(folder.join("watch.log")).expect("a log");
+    let mut watch = shell(&checkout, &commands.watch);
+    watch.stdout(log.try_clone().expect("a log")).stderr(log).process_group(0);
+    let _watch = ProcessGroup(watch.spawn().expect("cargo lambda watch"));
+    let invoke = || shell(&checkout, &commands.invoke).output().expect("cargo lambda invoke");
+    let watched = || fs::read_to_string(folder.join("watch.log")).unwrap_or_default();
+    let answer = eventually("create-job answers", || async {
+        let output = invoke();
+        println!("{}", text(&output));
+        serde_json::from_slice::<Value>(&output.stdout).ok().filter(|answer| answer["jobId"].is_string())
+    });
+    let answer = answer.await;
+    let job = cloud.iot.describe_job().job_id(answer["jobId"].as_str().expect("an id")).send().await.expect("the job");
+    assert_eq!(job.job.expect("a job").job_arn.as_deref(), answer["jobArn"].as_str(), "{}", watched());
+
+    let source = checkout.join("crates/fleet/src/jobs/create_job.rs");
+    let code = fs::read_to_string(&source).expect("the source");
+    let edited = code.replace("the ARN of a thing or thing group", "an EDITED sentence");
+    assert_ne!(code, edited);
+    fs::write(&source, edited).expect("the edit");
+    payload("nothing");
+    eventually("the edited function answers", || async { text(&invoke()).contains("EDITED").then_some(()) }).await;
+}
