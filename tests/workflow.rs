@@ -115,7 +115,7 @@ async fn push(paths: Vec<Path>) {
     go_all("ConfigPushArn", input, good, paths, "/status").await;
 }
 
-/// What ReadAnswers finds: the open push, with one answer.
+/// What `ReadAnswers` finds: the open push, with one answer.
 fn answers_of(operation: &str) -> Value {
     let answers = json!({"A": {"M": {"status": {"S": "FAIL"}, "error": {"S": "17"}}}});
     result(&json!({"Item": {"push": {"M": {"operationId": {"S": operation}, "answers": {"M": answers}}}}}))
@@ -301,16 +301,16 @@ const QUARANTINE: [&str; 8] = [
     "NotifyOperators",
 ];
 
-fn payload(payload: Value) -> Value {
+fn payload(payload: &Value) -> Value {
     result(&json!({"StatusCode": 200, "Payload": payload}))
 }
 
 fn decision(decision: &str) -> Value {
-    payload(json!({"decision": decision, "attempt": 10, "cycle": 1}))
+    payload(&json!({"decision": decision, "attempt": 10, "cycle": 1}))
 }
 
 fn outcome(outcome: &str) -> Value {
-    payload(json!({"thingName": "t", "outcome": outcome}))
+    payload(&json!({"thingName": "t", "outcome": outcome}))
 }
 
 /// The input of a recovery, and the answers that let it park a device and bring it back, or quarantine it.

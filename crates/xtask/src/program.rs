@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 use crate::console::{CARGO_PROGRESS, Step};
@@ -86,7 +86,7 @@ fn build(
     meanwhile()?;
     let status = project.processes.finish(&process)?;
     if !status.success() {
-        process.expect_success(status).with_context(|| format!("the build failed.{}", tail(&log)))?;
+        bail!("`cargo build` failed.{}", tail(&log));
     }
     step.done();
     // Cargo knows where its target folder is, whatever the settings.
