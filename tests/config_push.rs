@@ -3,7 +3,7 @@
 //! `cargo xtask test` runs these tests; they need its local cloud.
 #![allow(clippy::unwrap_used)]
 
-use aws_sdk_sfn::types::ExecutionStatus::{Failed, Succeeded};
+use aws_sdk_sfn::types::ExecutionStatus::{Failed, Running, Succeeded};
 use aws_sdk_sfn::types::HistoryEventType;
 use base64::{Engine, prelude::BASE64_STANDARD};
 use device_simulator::settings_api::ApiFault;
@@ -18,7 +18,8 @@ use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::time::Duration;
 use tests::{
-    Cloud, MqttDevice, Proxy, Pushed, eventually, kill_functions, names, seeded_choices, settings_api, with_faults,
+    Cloud, MqttDevice, PATIENCE, Proxy, Pushed, eventually, kill_functions, names, saw, seeded_choices, settings_api,
+    with_faults,
 };
 
 fn number(value: f64) -> SettingValue {
@@ -119,6 +120,7 @@ async fn a_device_that_subscribes_late_and_answers_after_ten_seconds() {
         let execution = cloud.pushes(&device.thing).await.pop()?;
         let history = cloud.step_functions.get_execution_history().execution_arn(execution.execution_arn);
         let events = history.send().await.unwrap().events;
+        saw(format!("its events: {:?}", events.iter().map(|event| &event.r#type).collect::<Vec<_>>()));
         events.iter().any(|event| event.r#type == HistoryEventType::TaskSubmitted).then_some(())
     })
     .await;
@@ -546,17 +548,21 @@ async fn killed_functions_lose_no_push() {
     ];
     let proxy = Proxy::from_environment();
     proxy.disturb(&kills.map(|(function, operation)| Proxy::kill_after(prefix, function, operation, 1))).await;
+    // Pushes of other tests have the same functions.
+    let others_wait = tests::without_others().await;
     let fleet = Cloud::run(devices, 0).await;
-    // While it waits for the API's answer.
-    eventually("the API is asked", || async {
-        things.iter().any(|thing| settings_api().requests(&profile(thing)) == 1).then_some(())
-    })
-    .await;
-    eventually("the function dies while it waits for the API", || async {
-        kill_functions("GetDeviceSettingsFunction");
-        things.iter().any(|thing| settings_api().requests(&profile(thing)) > 1).then_some(())
-    })
-    .await;
+    let requests = || {
+        let requests: Vec<usize> = things.iter().map(|thing| settings_api().requests(&profile(thing))).collect();
+        saw(format!("requests for the profiles: {requests:?}"));
+        requests
+    };
+    // It dies while it waits for the API, which takes seconds to answer: nobody may look away for so long.
+    let asked = || async { requests().contains(&1).then_some(()) };
+    tests::look(PATIENCE, Duration::from_millis(20), "the API is asked", asked).await.unwrap();
+    assert!(kill_functions("GetDeviceSettingsFunction") > 0);
+    let again = || async { requests().into_iter().any(|count| count > 1).then_some(()) };
+    eventually("the API is asked again for the same profile", again).await;
+    drop(others_wait);
     for thing in &things {
         let pushes = cloud.pushed(thing, 1).await;
         assert!(pushes.len() == 1 && pushes[0].status == Succeeded, "{pushes:?}");
@@ -699,7 +705,10 @@ async fn a_storm_of_connections() {
         let list = cloud.step_functions.list_executions().state_machine_arn(cloud.output("ConfigPushArn"));
         let all = list.into_paginator().items().send().collect::<Result<Vec<_>, _>>().await.unwrap();
         let storm: Vec<_> = all.into_iter().filter(|execution| execution.name.starts_with(&prefix)).collect();
-        let ended = storm.iter().all(|execution| execution.status != aws_sdk_sfn::types::ExecutionStatus::Running);
+        let running = storm.iter().filter(|execution| execution.status == Running);
+        let running: Vec<_> = running.map(|execution| execution.name.as_str()).collect();
+        saw(format!("{} pushes, of which these run: {running:?}", storm.len()));
+        let ended = running.is_empty();
         (storm.len() >= DEVICES && ended).then_some(storm)
     })
     .await;

@@ -12,7 +12,7 @@ use fleet::workflows::rendezvous::{Answer, Meeting, Operation, Rendezvous, Wait}
 use protocol::{Command, DeviceFailure, JobId, OperationId, ProtocolName, Publication, Step, StepOutcome, ThingName};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
-use tests::{Cloud, Ended, Proxy, ScriptedDevice, eventually, meeting, names, seeded_choices, with_faults};
+use tests::{Cloud, Ended, Proxy, ScriptedDevice, eventually, meeting, names, saw, seeded_choices, with_faults};
 
 const DEVICE_STEPS: [Step; 4] =
     [Step::DownloadStarted, Step::FirmwareTransferred, Step::DownloadOperationDone, Step::DeviceRebooted];
@@ -115,12 +115,16 @@ async fn a_device_that_is_offline_is_waited_for() {
     let things = names(&devices);
     let image = cloud.upload("2.0.0", 10_000).await;
     let fleet = Cloud::run(devices, 1).await;
+    Cloud::all_connected(&fleet).await;
     for thing in &things {
         assert!(fleet.power_off(thing).await);
         eventually("the broker notices that the device has gone", || async {
             let item = cloud.dynamodb.get_item().table_name(cloud.output("ConnectionsTableName"));
             let thing = aws_sdk_dynamodb::types::AttributeValue::S(thing.to_string());
-            let item = item.key("thing", thing).send().await.ok()?.item?;
+            let got = item.key("thing", thing).send().await;
+            let item = got.map_err(|error| saw(format!("{:?}", error.into_service_error()))).ok()?.item;
+            saw(format!("the presence: {item:?}"));
+            let item = item?;
             (item.get("connected")?.as_bool() == Ok(&false)).then_some(())
         })
         .await;
@@ -159,7 +163,9 @@ async fn a_continuous_job_on_a_dynamic_group() {
     let target = create.send().await.expect("a dynamic group").thing_group_arn.unwrap();
     let members = || async {
         let list = cloud.iot.list_things_in_thing_group().thing_group_name(&group).send().await.unwrap();
-        list.things.unwrap_or_default()
+        let members = list.things.unwrap_or_default();
+        saw(format!("the members are {members:?}"));
+        members
     };
     let image = cloud.upload("2.0.0", 1000).await;
     let mut things = names(&first);
@@ -397,7 +403,9 @@ async fn a_thing_that_the_registry_does_not_know_is_a_reported_failure() {
     let start = cloud.step_functions.start_execution().state_machine_arn(cloud.output("FirmwareUpgradeArn"));
     let execution = start.input(input.to_string()).send().await.expect("started").execution_arn;
     let error = eventually("the execution ends", || async {
-        let described = cloud.step_functions.describe_execution().execution_arn(&execution).send().await.ok()?;
+        let described = cloud.step_functions.describe_execution().execution_arn(&execution).send().await;
+        let described = described.map_err(|error| saw(format!("{:?}", error.into_service_error()))).ok()?;
+        saw(format!("{} {:?} {:?}", described.status, described.error, described.cause));
         (described.status == ExecutionStatus::Failed).then(|| described.error.unwrap_or_default())
     });
     assert_eq!(error.await, "DeviceNotFound");
@@ -417,7 +425,10 @@ async fn a_boot_that_nobody_asked_for_is_a_domain_event() {
         let event = eventually("the boot is told", || async {
             let receive =
                 cloud.sqs.receive_message().queue_url(&queue).visibility_timeout(2).max_number_of_messages(10);
-            let messages = receive.send().await.ok()?.messages.unwrap_or_default();
+            let received = receive.send().await;
+            let received = received.map_err(|error| saw(format!("{:?}", error.into_service_error()))).ok()?;
+            let messages = received.messages.unwrap_or_default();
+            saw(format!("{} events: {:?}", messages.len(), messages.iter().map(|one| one.body()).collect::<Vec<_>>()));
             let events = messages.iter().filter_map(|message| serde_json::from_str::<Value>(message.body()?).ok());
             events.into_iter().find(|event| event["thingName"] == device.thing.as_str())
         })

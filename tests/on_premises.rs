@@ -9,7 +9,7 @@ use protocol::on_premises::{Lease, Verdict, WorkerMessage, WorkerReply, answers_
 use protocol::{Tenant, WorkerName};
 use rumqttc::QoS;
 use serde_json::{Value, json};
-use tests::{Cloud, PlainWorker, Pushed, WorkerProcess, await_job, eventually};
+use tests::{Cloud, PlainWorker, Pushed, WorkerProcess, await_job, eventually, saw, statuses};
 
 fn error_of(ended: &Pushed) -> (&str, &str) {
     (&ended.error.0, &ended.error.1)
@@ -228,11 +228,11 @@ async fn signs_of_life_prolong_a_job_but_not_beyond_its_deadline() {
     // More often than it must, until the execution has ended all the same.
     let ended = loop {
         worker.say(&json!({"TaskToken": job.task_token, "heartbeat": true, "progress": 50})).await;
-        let describe = cloud.step_functions.describe_execution().execution_arn(&arn);
-        if describe.send().await.unwrap().status != Running {
+        let described = cloud.step_functions.describe_execution().execution_arn(&arn).send().await.unwrap();
+        if described.status != Running {
             break await_job(&cloud, &arn).await;
         }
-        assert!(begin.elapsed() < tests::PATIENCE, "it runs for ever");
+        assert!(begin.elapsed() < tests::PATIENCE, "it runs for ever: {described:?}");
         tokio::time::sleep(std::time::Duration::from_secs(5)).await;
     };
     assert_eq!(error_of(&ended), ("WorkerTimedOut", "the job took longer than it may"));
@@ -259,7 +259,13 @@ async fn a_schedule_starts_its_job_once() {
     let executions = eventually("the job is started", || async {
         let list = cloud.step_functions.list_executions().state_machine_arn(cloud.output("OnPremisesJobArn"));
         let all = list.into_paginator().items().send().collect::<Result<Vec<_>, _>>().await.unwrap();
-        let ours: Vec<_> = all.into_iter().filter(|one| one.name.starts_with("scheduled-")).collect();
+        saw(format!("executions: {}", statuses(&all)));
+        let mut ours = Vec::new();
+        for one in all.into_iter().filter(|one| one.name.starts_with("scheduled-")) {
+            let describe = cloud.step_functions.describe_execution().execution_arn(&one.execution_arn);
+            let input = describe.send().await.unwrap().input.unwrap_or_default();
+            ours.extend(input.contains(&time).then_some(one));
+        }
         (!ours.is_empty()).then_some(ours)
     })
     .await;
@@ -344,7 +350,9 @@ async fn the_worker_runs_programs_good_and_bad() {
 const PATIENT: &str = "echo begun >> begun; while ! test -e go; do sleep 0.2; done; echo '{\"done\": true}'";
 
 fn begun(worker: &WorkerProcess) -> usize {
-    std::fs::read_to_string(worker.file("begun")).unwrap_or_default().lines().count()
+    let count = std::fs::read_to_string(worker.file("begun")).unwrap_or_default().lines().count();
+    saw(format!("begun {count} times; {}", worker.last_words()));
+    count
 }
 
 #[tokio::test]

@@ -16,7 +16,7 @@ use protocol::recovery::{Failure, UPDATE_REPORTS_TOPIC, UpdateReport, UpdateStat
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
-use tests::{Cloud, Crash, MqttDevice, ORIGINAL, crashing, now};
+use tests::{Cloud, Crash, MqttDevice, ORIGINAL, crashing, now, saw};
 
 /// What the tests' stack is deployed with by default.
 const LIMITS: Limits = Limits { attempts: 10, cycles: 2 };
@@ -365,7 +365,9 @@ async fn job_executions(cloud: &Cloud, job: &str, thing: &ThingName) -> BTreeMap
     let list = cloud.iot.list_job_executions_for_thing().thing_name(thing.as_str()).job_id(job);
     let executions = list.into_paginator().items().send().collect::<Result<Vec<_>, _>>().await.unwrap();
     let summaries = executions.into_iter().filter_map(|one| one.job_execution_summary);
-    summaries.filter_map(|one| Some((one.execution_number?, one.status?))).collect()
+    let statuses = summaries.filter_map(|one| Some((one.execution_number?, one.status?))).collect();
+    saw(format!("job executions of {thing}: {statuses:?}"));
+    statuses
 }
 
 /// Waits until the device is held in that phase, out of its dynamic group, and no execution of its job is open: all of
@@ -380,6 +382,7 @@ async fn held_executions(
     tests::eventually(&format!("{thing} is {phase:?} and has no open job execution"), || async {
         let is_held = cloud.recovery(thing).await.phase == phase;
         let members = cloud.iot.list_things_in_thing_group().thing_group_name(group).send().await.unwrap();
+        saw(format!("the group's members are {:?}", members.things()));
         let executions = job_executions(cloud, job, thing).await;
         let is_open =
             |status: &JobExecutionStatus| matches!(status, JobExecutionStatus::Queued | JobExecutionStatus::InProgress);

@@ -25,7 +25,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io::Read;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
-use tests::{Cloud, Crash, MqttDevice, Outage, Refusal, crashing, eventually, now, refusing};
+use tests::{Cloud, Crash, MqttDevice, Outage, Refusal, crashing, eventually, now, refusing, saw};
 use tokio::sync::mpsc::UnboundedReceiver;
 
 const MINUTE: i64 = 60_000;
@@ -79,7 +79,9 @@ async fn rows(cloud: &Cloud, table: &str, device: &str) -> BTreeMap<String, Valu
     let query = query.expression_attribute_values(":device", AttributeValue::S(device.to_owned()));
     let items = query.into_paginator().items().send().collect::<Result<Vec<_>, _>>().await.unwrap();
     let items = items.into_iter().map(|item| serde_dynamo::from_item::<_, Value>(item).unwrap());
-    items.map(|item| (item["reading"].as_str().unwrap().to_owned(), item)).collect()
+    let rows: BTreeMap<_, _> = items.map(|item| (item["reading"].as_str().unwrap().to_owned(), item)).collect();
+    saw(format!("{} rows of {device} in {table}: {rows:?}", rows.len()));
+    rows
 }
 
 async fn readings_of(cloud: &Cloud, device: &str) -> BTreeMap<String, Value> {
@@ -99,7 +101,9 @@ async fn metric(cloud: &Cloud, name: &str, dimension: &str, value: &str) -> (f64
     let points = get.end_time(DateTime::from_millis(now() + 60 * MINUTE)).send().await.unwrap().datapoints;
     let points = points.unwrap_or_default();
     let total = |of: fn(&Datapoint) -> Option<f64>| points.iter().filter_map(of).sum::<f64>();
-    (total(|point| point.sample_count), total(|point| point.sum))
+    let (count, sum) = (total(|point| point.sample_count), total(|point| point.sum));
+    saw(format!("{count} values of {name} for {value}, {sum} in all"));
+    (count, sum)
 }
 
 /// Every line of a building in the history, and how many objects they are in.
@@ -347,6 +351,7 @@ impl<'a> Batch<'a> {
             Err(error) => {
                 assert!(error.name.is_transient(), "{error}");
                 println!("tried again: {error}");
+                saw(error.to_string());
                 true
             }
         });
@@ -355,12 +360,16 @@ impl<'a> Batch<'a> {
     /// Delivers by twos and ones, a minute later each time, as the queue may, until all is kept.
     async fn deliver_again(&self, open: &mut Vec<QueuedMessage>) {
         let mut time = now();
+        let mut seen = String::new();
         while !open.is_empty() {
             time += MINUTE;
-            assert!(time < now() + 20 * MINUTE, "{} messages are never kept", open.len());
+            assert!(time < now() + 20 * MINUTE, "{} messages are never kept: {seen}", open.len());
             let mut rest = open.split_off(open.len().min(2));
-            self.deliver(&self.cloud.config, open, time).await;
-            self.deliver(&self.cloud.config, &mut rest, time).await;
+            let deliver = async || {
+                self.deliver(&self.cloud.config, open, time).await;
+                self.deliver(&self.cloud.config, &mut rest, time).await;
+            };
+            ((), seen) = tests::noted(deliver).await;
             open.append(&mut rest);
         }
     }
@@ -495,36 +504,52 @@ async fn a_sensor_is_brought_back_into_its_band_and_left_alone_then() {
 
 /// The next remediation of a sensor: what it was told, and what it has done.
 async fn remediated(events: &mut UnboundedReceiver<SensorEvent>) -> (f64, f64) {
-    let next = async {
-        loop {
-            if let SensorEvent::Remediated { target, change, .. } = events.recv().await.unwrap() {
-                return (target, change);
-            }
-        }
+    let pick = |event: &SensorEvent| match event {
+        SensorEvent::Remediated { target, change, .. } => Some((*target, *change)),
+        _ => None,
     };
-    tokio::time::timeout(tests::PATIENCE, next).await.expect("the sensor is told to act")
+    first(events, "the sensor is told to act", pick).await
 }
 
 /// Waits until the sensor measures such a temperature.
 async fn measured(events: &mut UnboundedReceiver<SensorEvent>, is: impl Fn(f64) -> bool) {
+    let pick = |event: &SensorEvent| match event {
+        SensorEvent::Measured { temperature, .. } => is(*temperature).then_some(()),
+        _ => None,
+    };
+    first(events, "the sensor measures it", pick).await;
+}
+
+/// Waits for the first event of which something is picked; panics with the last one when there is none.
+async fn first<T>(
+    events: &mut UnboundedReceiver<SensorEvent>,
+    what: &str,
+    pick: impl Fn(&SensorEvent) -> Option<T>,
+) -> T {
+    let mut last = None;
     let next = async {
         loop {
-            if let SensorEvent::Measured { temperature, .. } = events.recv().await.unwrap()
-                && is(temperature)
-            {
-                return;
+            let event = events.recv().await.unwrap();
+            if let Some(picked) = pick(&event) {
+                return picked;
             }
+            last = Some(event);
         }
     };
-    tokio::time::timeout(tests::PATIENCE, next).await.expect("the sensor measures it");
+    let picked = tokio::time::timeout(tests::PATIENCE, next).await;
+    picked.unwrap_or_else(|_| panic!("{}", tests::in_vain(tests::PATIENCE, what, &format!("{last:?}"))))
 }
 
 /// Waits for a message with these words.
 async fn alarm(cloud: &Cloud, url: &str, words: &[&str]) -> String {
+    // What one look has received, the next ones do not get.
+    let heard = std::cell::RefCell::new(Vec::new());
     eventually(&format!("an alarm of {words:?}"), || async {
         let receive = cloud.sqs.receive_message().queue_url(url).max_number_of_messages(10);
         let messages = receive.send().await.unwrap().messages.unwrap_or_default();
-        let bodies = messages.into_iter().filter_map(|message| message.body);
+        let bodies: Vec<String> = messages.into_iter().filter_map(|message| message.body).collect();
+        heard.borrow_mut().extend(bodies.iter().map(|body| body.chars().take(500).collect::<String>()));
+        saw(format!("{} messages so far: {:?}", heard.borrow().len(), heard.borrow()));
         bodies.into_iter().find(|body| words.iter().all(|word| body.contains(word)))
     })
     .await

@@ -6,7 +6,7 @@ use std::os::unix::fs::symlink;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
-use tests::{Cloud, eventually};
+use tests::{Cloud, eventually, saw};
 
 /// What a copy does without: what is built, and what Git and the local cloud keep.
 const LEFT_OUT: [&str; 3] = ["target", ".git", ".fleetflow"];
@@ -115,7 +115,7 @@ async fn a_function_is_watched_invoked_and_edited_as_the_readme_says() {
     let watched = || fs::read_to_string(folder.join("watch.log")).unwrap_or_default();
     let answer = eventually("create-job answers", || async {
         let output = invoke();
-        println!("{}", text(&output));
+        saw(format!("{}\n{}", text(&output), watched()));
         serde_json::from_slice::<Value>(&output.stdout).ok().filter(|answer| answer["jobId"].is_string())
     });
     let answer = answer.await;
@@ -128,5 +128,10 @@ async fn a_function_is_watched_invoked_and_edited_as_the_readme_says() {
     assert_ne!(code, edited);
     fs::write(&source, edited).expect("the edit");
     payload("nothing");
-    eventually("the edited function answers", || async { text(&invoke()).contains("EDITED").then_some(()) }).await;
+    eventually("the edited function answers", || async {
+        let answer = text(&invoke());
+        saw(format!("{answer}\n{}", watched()));
+        answer.contains("EDITED").then_some(())
+    })
+    .await;
 }

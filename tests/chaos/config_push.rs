@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::time::Duration;
-use tests::{Cloud, MqttDevice, Proxy};
+use tests::{Cloud, MqttDevice, Proxy, saw};
 
 /// The calls of a push that are about its device.
 const POINTS: &[Point] = &[
@@ -197,6 +197,7 @@ impl ConfigPush {
             let now = self.presence(thing, true).await?;
             let ended = self.executions.ended(&self.cloud, &case.name).await?;
             let last = ended.last()?.input["connectedAt"].to_string();
+            saw(format!("the last push is of the session since {last}"));
             (now.get("timestamp")?.as_n() == Ok(&last)).then_some(ended)
         })
         .await
@@ -205,7 +206,10 @@ impl ConfigPush {
     /// What is known of the device, if it is on- or offline.
     async fn presence(&self, thing: &ThingName, connected: bool) -> Option<HashMap<String, AttributeValue>> {
         let get = self.cloud.dynamodb.get_item().table_name(self.cloud.output("ConnectionsTableName"));
-        let item = get.key("thing", AttributeValue::S(thing.to_string())).send().await.ok()?.item?;
+        let got = get.key("thing", AttributeValue::S(thing.to_string())).send().await;
+        let item = got.map_err(|error| saw(format!("{:?}", error.into_service_error()))).ok()?.item;
+        saw(format!("the presence of {thing}: {item:?}"));
+        let item = item?;
         (item.get("connected")?.as_bool() == Ok(&connected)).then_some(item)
     }
 
@@ -275,12 +279,12 @@ impl ConfigPush {
         let known = |setting: &usize| (commands[*setting].name.clone(), commands[*setting].value.clone());
         let failed = |setting: &usize| moves.contains(&Move::Fail(*setting));
         let expected: Settings = confirmed.iter().filter(|setting| !failed(setting)).map(known).collect();
-        eventually("what the device has confirmed is known", || async {
+        eventually(&format!("all of {expected:?} is known"), || async {
             let confirmed = self.cloud.confirmed(&device.thing).await;
             expected.iter().all(|(name, value)| confirmed.get(name) == Some(value)).then_some(())
         })
         .await
-        .map_err(|_| Failure::Lost(format!("not all of {expected:?} is known")))
+        .map_err(Failure::lost)
     }
 
     async fn play_one(&self, device: &MqttDevice, commands: &[SettingCommand], one: &Move) {
@@ -386,8 +390,13 @@ impl Workflow for ConfigPush {
     async fn audit(&self, cases: &[(Case, Plan)]) -> BTreeMap<usize, Failure> {
         let mut failures = BTreeMap::new();
         for (case, plan) in cases {
-            let pushes = eventually("its pushes end", || self.executions.ended(&self.cloud, &case.name)).await;
-            let pushes = pushes.unwrap_or_default();
+            let pushes = match eventually("its pushes end", || self.executions.ended(&self.cloud, &case.name)).await {
+                Ok(pushes) => pushes,
+                Err(failure) => {
+                    failures.insert(case.number, failure);
+                    continue;
+                }
+            };
             let found: Vec<&str> = pushes.iter().map(|push| end(Some(push))).collect();
             let verdict = match (plan.ends(), &plan.behaviour) {
                 (Some(ends), _) if ends.ends_with(&found) && !found.is_empty() => Ok(()),

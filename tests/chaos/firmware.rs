@@ -1,7 +1,7 @@
 //! Firmware upgrades: one device and one job a case.
 
 use crate::disturbance::{Disturbance, Point};
-use crate::harness::{Case, Executions, Failure, Verdict, Workflow, eventually, same};
+use crate::harness::{Case, Executions, Failure, Verdict, Workflow, eventually, same, within};
 use aws_sdk_iot::types::JobExecutionStatus::{self, Canceled, Failed, Succeeded, TimedOut};
 use aws_sdk_sfn::types::ExecutionStatus;
 use device_simulator::provision::ProtocolMix;
@@ -14,7 +14,7 @@ use serde_json::json;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::time::Duration;
-use tests::{Cloud, Ended, Image, Proxy, ScriptedDevice};
+use tests::{Cloud, Ended, Image, Proxy, ScriptedDevice, saw};
 
 const FROM: &str = "1.0.0";
 const TO: &str = "2.0.0";
@@ -281,8 +281,13 @@ impl FirmwareUpgrade {
             for _ in 0..*times {
                 fleet.power_off(&thing).await;
                 fleet.power_on(&thing);
-                // As long as it takes to connect.
-                let _ = fleet.connected(Duration::from_mins(1)).await;
+                // A minute at most: a device may be held up by what disturbs it.
+                let connected = || async {
+                    let phases = fleet.phases();
+                    saw(format!("devices by their phase: {phases:?}"));
+                    (phases[0] == 0).then_some(())
+                };
+                let _ = within(Duration::from_mins(1), "it connects", connected).await;
             }
         }
         let ended = self.ended(&job, &thing).await?;
@@ -337,7 +342,7 @@ impl FirmwareUpgrade {
         }
         let cancelled = eventually("the job execution is cancelled", || async {
             let cancel = self.cloud.iot.cancel_job_execution().job_id(&job).thing_name(spec.thing.as_str()).force(true);
-            cancel.send().await.ok()
+            cancel.send().await.map_err(|error| saw(format!("{:?}", error.into_service_error()))).ok()
         });
         cancelled.await?;
         loop {
@@ -403,7 +408,7 @@ impl FirmwareUpgrade {
                 let arrivals = usize::try_from(meeting.arrivals).unwrap_or_default();
                 (arrivals >= expected).then_some(arrivals)
             });
-            heard.insert(step, arrivals.await.map_err(|_| Failure::Lost(format!("in vain: {what}")))?);
+            heard.insert(step, arrivals.await.map_err(Failure::lost)?);
         }
         Ok(heard)
     }
@@ -479,8 +484,15 @@ impl Workflow for FirmwareUpgrade {
     async fn audit(&self, cases: &[(Case, Plan)]) -> BTreeMap<usize, Failure> {
         let mut failures = BTreeMap::new();
         for (case, plan) in cases {
-            let ended = eventually("its executions end", || self.executions.ended(&self.cloud, &case.name)).await;
-            let found: Vec<_> = ended.unwrap_or_default().into_iter().map(|one| one.status).collect();
+            let ended = match eventually("its executions end", || self.executions.ended(&self.cloud, &case.name)).await
+            {
+                Ok(ended) => ended,
+                Err(failure) => {
+                    failures.insert(case.number, failure);
+                    continue;
+                }
+            };
+            let found: Vec<_> = ended.into_iter().map(|one| one.status).collect();
             let succeeded = plan.end().status == Succeeded;
             let expected = if succeeded { ExecutionStatus::Succeeded } else { ExecutionStatus::Failed };
             if let Err(failure) = same("the executions", &found, &vec![expected]) {

@@ -17,7 +17,7 @@ use std::panic::AssertUnwindSafe;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
-use tests::{Cloud, Proxy};
+use tests::{Cloud, Proxy, saw, statuses};
 
 /// How many cases a slice has, how many run at the same time, and with which seed.
 const QUICK_CASES: usize = 8;
@@ -81,6 +81,16 @@ pub(crate) enum Failure {
     Lost(String),
 }
 
+impl Failure {
+    /// What was waited for is the effect of a message.
+    pub(crate) fn lost(self) -> Self {
+        match self {
+            Self::Stuck(text) => Self::Lost(text),
+            other => other,
+        }
+    }
+}
+
 /// How a case ended.
 pub(crate) type Verdict = Result<(), Failure>;
 
@@ -88,18 +98,9 @@ pub(crate) type Verdict = Result<(), Failure>;
 pub(crate) async fn within<T, F: Future<Output = Option<T>>>(
     limit: Duration,
     what: &str,
-    mut ask: impl FnMut() -> F,
+    ask: impl FnMut() -> F,
 ) -> Result<T, Failure> {
-    let begin = Instant::now();
-    loop {
-        if let Some(answer) = ask().await {
-            return Ok(answer);
-        }
-        if begin.elapsed() > limit {
-            return Err(Failure::Stuck(format!("waited {limit:?} in vain: {what}")));
-        }
-        tokio::time::sleep(POLL).await;
-    }
+    tests::look(limit, POLL, what, ask).await.map_err(Failure::Stuck)
 }
 
 /// The same, for as long as a workflow may take.
@@ -157,6 +158,7 @@ impl Executions {
         let all = self.all(cloud).await;
         let mut own: Vec<&ExecutionListItem> = all.iter().filter(|one| one.name.contains(text)).collect();
         own.sort_by_key(|one| one.start_date);
+        saw(format!("executions of {text}: {}", statuses(own.iter().copied())));
         let mut ended = Vec::new();
         for one in own {
             ended.push(self.describe(cloud, one).await?);

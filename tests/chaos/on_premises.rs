@@ -18,7 +18,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
-use tests::{Cloud, MqttDevice, PlainWorker, Proxy, WorkerProcess};
+use tests::{Cloud, MqttDevice, PlainWorker, Proxy, WorkerProcess, saw};
 
 /// Whose workers are spoken by hand, and whose are real.
 const BY_HAND: &str = "tenant1";
@@ -475,7 +475,10 @@ impl OnPremises {
 
     /// What has come for the case.
     fn post<T>(&self, case: &Case, look: impl FnOnce(&mut Post) -> T) -> T {
-        look(self.letters.lock().unwrap().entry(case.name.clone()).or_default())
+        let mut letters = self.letters.lock().unwrap();
+        let post = letters.entry(case.name.clone()).or_default();
+        saw(format!("{} deliveries of the job, the replies {:?}", post.jobs.len(), post.replies));
+        look(post)
     }
 
     /// Its first delivery.
@@ -486,6 +489,20 @@ impl OnPremises {
     /// How its execution has ended, if it has.
     async fn end(&self, case: &Case) -> Option<Ended> {
         self.executions.ended(&self.cloud, &case.name).await?.into_iter().next()
+    }
+
+    /// Waits a moment for its end, unless it has been waited for long.
+    async fn pause(&self, case: &Case, begin: Instant) -> Verdict {
+        if begin.elapsed() > LIMIT {
+            let look = || async {
+                self.post(case, |_| ());
+                self.end(case).await
+            };
+            let (_, seen) = tests::noted(look).await;
+            return Err(Failure::Stuck(tests::in_vain(LIMIT, "the execution ends", &seen)));
+        }
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        Ok(())
     }
 
     async fn publish(&self, topic: String, payload: Vec<u8>) {
@@ -534,7 +551,7 @@ impl OnPremises {
             if let Some(ended) = self.end(case).await {
                 break ended;
             }
-            pause(begin).await?;
+            self.pause(case, begin).await?;
             let known = self.post(case, |post| post.jobs.len());
             if known > deliveries {
                 deliveries = known;
@@ -562,7 +579,7 @@ impl OnPremises {
             }
             self.say(case, plan, &job, Move::Heartbeat).await;
             for _ in 0..3 {
-                pause(begin).await?;
+                self.pause(case, begin).await?;
             }
         };
         self.say(case, plan, &job, Move::Result).await;
@@ -577,6 +594,7 @@ impl OnPremises {
         let get = self.cloud.dynamodb.get_item().table_name(self.cloud.output("WorkerJobsTableName"));
         let item = get.key("job", key).consistent_read(true).send().await.expect("the table").item;
         let item: Value = item.map(|item| serde_dynamo::from_item(item).expect("a job")).unwrap_or_default();
+        saw(format!("the job {operation} of {tenant}: {:.1000}", item.to_string()));
         item["answer"].clone()
     }
 
@@ -585,7 +603,7 @@ impl OnPremises {
         let heard = eventually("the answer is kept", || async {
             (!self.kept(BY_HAND, &job.task_token).await.is_null()).then_some(())
         });
-        heard.await.map_err(|_| Failure::Lost("an answer has never been kept".into()))
+        heard.await.map_err(Failure::lost)
     }
 
     /// Says something that is answered, again if no answer comes, and waits for the answer.
@@ -656,7 +674,8 @@ impl OnPremises {
             let http = reqwest::Client::new();
             eventually("the result is uploaded", || async {
                 let put = headers.iter().fold(http.put(&url), |put, (name, value)| put.header(name, value));
-                put.body(text.clone()).send().await.and_then(reqwest::Response::error_for_status).ok()
+                let put = put.body(text.clone()).send().await.and_then(reqwest::Response::error_for_status);
+                put.map_err(|error| saw(format!("{error:?}"))).ok()
             })
             .await?;
             WorkerResult::Object { bytes }
@@ -691,8 +710,9 @@ impl OnPremises {
         if let Some(url) = input {
             let http = reqwest::Client::new();
             let input = eventually("the input is read", || async {
-                let got = http.get(&url).send().await.and_then(reqwest::Response::error_for_status).ok()?;
-                got.bytes().await.ok()
+                let got = http.get(&url).send().await.and_then(reqwest::Response::error_for_status);
+                let got = got.map_err(|error| saw(format!("{error:?}"))).ok()?;
+                got.bytes().await.map_err(|error| saw(format!("{error:?}"))).ok()
             })
             .await?;
             let input: Value = serde_json::from_slice(&input).unwrap_or_default();
@@ -729,7 +749,7 @@ impl OnPremises {
             if let Some(ended) = self.end(case).await {
                 return Ok(ended);
             }
-            pause(begin).await?;
+            self.pause(case, begin).await?;
             // A claim that was delivered again may have taken the lease away: it is asked for anew, as a worker does.
             let known = (self.lost(case, &worker), self.post(case, |post| post.jobs.len()));
             if known.0 > lost
@@ -756,6 +776,9 @@ impl OnPremises {
         for _ in 0..kills {
             let begun = eventually("a worker has begun", || async {
                 let workers = self.workers.lock().await;
+                for worker in workers.iter() {
+                    saw(worker.last_words());
+                }
                 workers.iter().position(|worker| std::fs::remove_file(worker.file(&file("begun"))).is_ok())
             });
             let begun = begun.await?;
@@ -825,15 +848,6 @@ fn has_signs_of_life(plan: &Plan) -> bool {
         Behaviour::Plain { moves, .. } => moves.contains(&Move::Heartbeat),
         _ => true,
     }
-}
-
-/// Waits a moment, unless it has been waited for long.
-async fn pause(begin: Instant) -> Verdict {
-    if begin.elapsed() > LIMIT {
-        return Err(Failure::Stuck(format!("waited {LIMIT:?} in vain: the execution ends")));
-    }
-    tokio::time::sleep(Duration::from_secs(2)).await;
-    Ok(())
 }
 
 /// The beginning of what may be long.

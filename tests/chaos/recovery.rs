@@ -287,8 +287,14 @@ impl Workflow for Recovery {
         let told = self.told().await;
         let mut failures = BTreeMap::new();
         for (case, plan) in cases {
-            let ended = eventually("its recoveries end", || self.executions.ended(&self.cloud, &case.name)).await;
-            let ended = ended.unwrap_or_default();
+            let ended = match eventually("its recoveries end", || self.executions.ended(&self.cloud, &case.name)).await
+            {
+                Ok(ended) => ended,
+                Err(failure) => {
+                    failures.insert(case.number, failure);
+                    continue;
+                }
+            };
             let quarantines = ended.iter().filter(|one| one.output["outcome"] == "QUARANTINED").count();
             let messages = told.iter().filter(|thing| thing.starts_with(&case.name)).count();
             let once = same("the recoveries", &ended.len(), &plan.failures());

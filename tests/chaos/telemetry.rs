@@ -20,7 +20,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
 use std::io::Read;
 use std::time::{Duration, Instant};
-use tests::{Cloud, MqttDevice, Proxy, now};
+use tests::{Cloud, MqttDevice, Proxy, now, saw};
 
 /// The calls about a sensor that have its name or its building's in them.
 const POINTS: &[Point] = &[
@@ -54,6 +54,8 @@ const DAY: i64 = 24 * 3600 * SECOND;
 /// In the band of 21 ± 3 °C, and out of it.
 const GOOD: [f64; 4] = [19.5, 20.0, 21.0, 22.5];
 const BAD: [f64; 3] = [14.0, 26.5, 30.0];
+/// What has not been remedied by then, or told to people, is stuck.
+const DRIFT_LIMIT: Duration = Duration::from_mins(20);
 /// A check comes no later than this if the time for an effect is as in a stack that people use.
 const PATIENT_SECONDS: u64 = 60;
 
@@ -373,11 +375,12 @@ impl Telemetry {
     /// Every reading has its row, and there are no others.
     async fn kept(&self, sensor: &Sensor<'_>) -> Verdict {
         let count = sensor.known.len() + sensor.plain;
-        let kept = eventually("all readings are kept", || async {
+        let kept = eventually(&format!("all of {count} readings are kept"), || async {
             let rows = rows(&self.cloud, "MonitoringTableName", sensor.name()).await;
             (rows.len() >= count).then_some(rows)
-        });
-        let rows = kept.await.map_err(|_| Failure::Lost(format!("not all of {count} readings are kept")))?;
+        })
+        .await;
+        let rows = kept.map_err(Failure::lost)?;
         same("the readings", &keys(rows.values()).len(), &count)
     }
 
@@ -408,10 +411,10 @@ impl Telemetry {
             if has_ended {
                 break;
             }
-            if begin.elapsed() > Duration::from_mins(20) {
-                return Err(Failure::Stuck(format!(
-                    "waited in vain: {drift:?} ends, the sensor was told {told} times"
-                )));
+            if begin.elapsed() > DRIFT_LIMIT {
+                let (_, seen) = tests::noted(|| self.remedies(sensor.name())).await;
+                let what = format!("{drift:?} ends, the sensor was told {told} times");
+                return Err(Failure::Stuck(tests::in_vain(DRIFT_LIMIT, &what, &seen)));
             }
             // What helps must be given the time to, and who falls silent says it once.
             let is_due = match drift {
@@ -568,7 +571,10 @@ async fn rows(cloud: &Cloud, table: &str, device: &str) -> BTreeMap<String, Valu
     let query = query.expression_attribute_values(":device", AttributeValue::S(device.to_owned()));
     let items = query.into_paginator().items().send().collect::<Result<Vec<_>, _>>().await.expect("the table");
     let items = items.into_iter().map(|item| serde_dynamo::from_item::<_, Value>(item).expect("JSON"));
-    items.map(|item| (item["reading"].as_str().unwrap_or_default().to_owned(), item)).collect()
+    let rows: BTreeMap<_, _> =
+        items.map(|item| (item["reading"].as_str().unwrap_or_default().to_owned(), item)).collect();
+    saw(format!("{} rows of {device} in {table}: {rows:?}", rows.len()));
+    rows
 }
 
 impl Workflow for Telemetry {

@@ -35,6 +35,7 @@ pub async fn allows(credential: Option<&Credential>, client_id: &str, attempt: &
     let ca = std::fs::read(Cloud::ca()).expect("the broker's authority");
     options.set_transport(Transport::tls(ca, credential.cloned(), None));
     let (client, mut events) = AsyncClient::new(options, 8);
+    let mut others = Vec::new();
     let outcome = async {
         loop {
             match events.poll().await {
@@ -49,10 +50,11 @@ pub async fn allows(credential: Option<&Credential>, client_id: &str, attempt: &
                     return !answer.return_codes.contains(&rumqttc::SubscribeReasonCode::Failure);
                 }
                 Ok(Event::Incoming(Packet::PubAck(_))) => return true,
-                Ok(_) => {}
+                Ok(other) => others.push(other),
                 Err(_) => return false,
             }
         }
     };
-    tokio::time::timeout(GRACE, outcome).await.unwrap_or_else(|_| panic!("no word about {attempt:?}"))
+    let outcome = tokio::time::timeout(GRACE, outcome).await;
+    outcome.unwrap_or_else(|_| panic!("no word about {attempt:?}, only {others:?}"))
 }

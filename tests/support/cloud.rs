@@ -1,6 +1,6 @@
 //! The deployed stack and what tests do with it.
 
-use crate::eventually;
+use crate::{eventually, saw};
 use aws_config::{BehaviorVersion, SdkConfig};
 use aws_sdk_iot::types::JobExecutionStatus;
 use aws_sdk_lambda::primitives::Blob;
@@ -17,6 +17,7 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 /// Clients and names of the stack that `cargo xtask test` has deployed.
@@ -165,7 +166,7 @@ impl Cloud {
         (described.thing_group_arn.expect("its ARN"), DeviceSpec::load_all(&certificates).expect("the devices"))
     }
 
-    /// Runs devices, each for so many upgrades, and waits until they are connected.
+    /// Runs devices, each for so many upgrades, and waits until the first is connected.
     pub async fn run(devices: Vec<DeviceSpec>, upgrades: usize) -> Fleet {
         Self::run_with(devices, upgrades, |_| ()).await
     }
@@ -183,6 +184,17 @@ impl Cloud {
         fleet
     }
 
+    /// Waits until every device of the fleet has a connection.
+    pub async fn all_connected(fleet: &Fleet) {
+        eventually("all devices are connected", || async {
+            let phases = fleet.phases();
+            saw(format!("devices by their phase: {phases:?}"));
+            // The first phase is that without a connection.
+            (phases[0] == 0).then_some(())
+        })
+        .await;
+    }
+
     /// Invokes create-job: its output, or its error's type and message.
     pub async fn invoke_create_job(&self, payload: &Value) -> Result<Value, (String, String)> {
         self.invoke("CreateJobFunctionName", payload).await
@@ -193,6 +205,7 @@ impl Cloud {
         let invoke = self.lambda.invoke().function_name(self.output(function));
         let output = invoke.payload(Blob::new(payload.to_string())).send().await.expect("the function is invoked");
         let body: Value = serde_json::from_slice(output.payload().map_or(b"null", Blob::as_ref)).expect("JSON");
+        saw(format!("{function} answers {body}"));
         let text = |name: &str| body[name].as_str().unwrap_or_default().to_owned();
         if output.function_error().is_some() { Err((text("errorType"), text("errorMessage"))) } else { Ok(body) }
     }
@@ -215,10 +228,18 @@ impl Cloud {
         job: &str,
         thing: &ThingName,
     ) -> Option<(JobExecutionStatus, HashMap<String, String>)> {
-        let describe = self.iot.describe_job_execution().job_id(job).thing_name(thing.as_str()).send().await.ok()?;
-        let execution = describe.execution?;
-        let details = execution.status_details.and_then(|details| details.details_map).unwrap_or_default();
-        Some((execution.status?, details))
+        let describe = self.iot.describe_job_execution().job_id(job).thing_name(thing.as_str()).send().await;
+        let described = describe.map_err(|error| saw(format!("{:?}", error.into_service_error()))).ok();
+        let found = described.and_then(|described| {
+            let execution = described.execution?;
+            let details = execution.status_details.and_then(|details| details.details_map).unwrap_or_default();
+            Some((execution.status?, details))
+        });
+        saw(match &found {
+            Some((status, details)) => format!("{thing} in {job}: {status} {details:?}"),
+            None => format!("no job execution of {thing} in {job}"),
+        });
+        found
     }
 
     /// Waits until a thing's job execution has that status.
@@ -247,7 +268,9 @@ impl Cloud {
     pub async fn executions(&self, job: &str) -> Vec<aws_sdk_sfn::types::ExecutionListItem> {
         let list = self.step_functions.list_executions().state_machine_arn(self.output("FirmwareUpgradeArn"));
         let executions = list.into_paginator().items().send().collect::<Result<Vec<_>, _>>().await.expect("executions");
-        executions.into_iter().filter(|execution| execution.name.starts_with(job)).collect()
+        let executions = executions.into_iter().filter(|execution| execution.name.starts_with(job)).collect::<Vec<_>>();
+        saw(format!("executions of {job}: {}", statuses(&executions)));
+        executions
     }
 
     /// Waits until the job has as many executions as given and all of them have ended.
@@ -263,8 +286,9 @@ impl Cloud {
 
     /// An attribute of a thing.
     pub async fn attribute(&self, thing: &ThingName, name: &str) -> Option<String> {
-        let thing = self.iot.describe_thing().thing_name(thing.as_str()).send().await.expect("the thing");
-        thing.attributes?.remove(name)
+        let described = self.iot.describe_thing().thing_name(thing.as_str()).send().await.expect("the thing");
+        saw(format!("the attributes of {thing} are {:?}", described.attributes));
+        described.attributes?.remove(name)
     }
 
     /// The queue of that logical name.
@@ -310,6 +334,7 @@ impl Cloud {
         let get = get.attribute_names(ApproximateNumberOfMessages);
         let get = get.attribute_names(ApproximateNumberOfMessagesNotVisible);
         let attributes = get.send().await.expect("attributes").attributes.unwrap_or_default();
+        saw(format!("{name}: {attributes:?}"));
         attributes.values().all(|count| count == "0")
     }
 
@@ -331,6 +356,8 @@ impl Cloud {
     /// Waits for the dead letter that holds this text: its error type. Others may be reading the queue too, so all of it is read
     /// again and again.
     pub async fn dead_letter(&self, text: &str) -> String {
+        // By their ids: a look does not see what one shortly before it has received.
+        let others = Mutex::new(BTreeMap::new());
         eventually(&format!("a dead letter with {text}"), || async {
             loop {
                 let receive = self.sqs.receive_message().queue_url(self.output("DeadLetterQueueUrl"));
@@ -338,11 +365,19 @@ impl Cloud {
                 let receive = receive.max_number_of_messages(10).visibility_timeout(2).message_attribute_names("All");
                 let messages = receive.send().await.expect("the dead-letter queue").messages.unwrap_or_default();
                 if messages.is_empty() {
+                    let others = others.lock().expect("no panic");
+                    let beginnings: Vec<&String> = others.values().collect();
+                    saw(format!("{} other dead letters so far: {beginnings:?}", others.len()));
                     return None;
                 }
-                let ours = messages.into_iter().find(|message| message.body().unwrap_or_default().contains(text));
-                if let Some(message) = ours {
-                    return message.message_attributes?.remove("errorType")?.string_value;
+                for message in messages {
+                    let body = message.body.unwrap_or_default();
+                    if body.contains(text) {
+                        saw(format!("a letter with the attributes {:?}: {body}", message.message_attributes));
+                        return message.message_attributes?.remove("errorType")?.string_value;
+                    }
+                    let beginning: String = body.chars().take(100).collect();
+                    others.lock().expect("no panic").insert(message.message_id, beginning);
                 }
             }
         })
@@ -356,7 +391,18 @@ pub async fn meeting(cloud: &Cloud, thing: &ThingName, operation: &OperationId, 
     let get = cloud.dynamodb.get_item().table_name(cloud.output("RendezvousTableName")).consistent_read(true);
     let key = Operation::new(thing, operation).key();
     let output = get.key("operation", text(&key)).key("step", text(step.name())).send().await.expect("the table");
-    output.item.map(|item| serde_dynamo::from_item(item).expect("a meeting"))
+    let meeting = output.item.map(|item| serde_dynamo::from_item(item).expect("a meeting"));
+    saw(match &meeting {
+        Some(meeting) => format!("{step:?} of {operation} on {thing}: {meeting:?}"),
+        None => format!("no meeting of {operation} on {thing} in {step:?}"),
+    });
+    meeting
+}
+
+/// Executions by their names, with their statuses.
+pub fn statuses<'a>(executions: impl IntoIterator<Item = &'a aws_sdk_sfn::types::ExecutionListItem>) -> String {
+    let all: Vec<_> = executions.into_iter().map(|one| format!("{} {}", one.name, one.status)).collect();
+    if all.is_empty() { "none".into() } else { all.join(", ") }
 }
 
 /// The names of devices.

@@ -11,8 +11,11 @@ mod recoveries;
 mod scripted_device;
 mod workers;
 
+use std::cell::RefCell;
+use std::time::{Duration, Instant};
+
 pub use attempts::{Attempt, Credential, allows, credential};
-pub use cloud::{Cloud, Ended, Image, kill_functions, meeting, names, with_faults};
+pub use cloud::{Cloud, Ended, Image, kill_functions, meeting, names, statuses, with_faults};
 pub use crash::{Crash, crashing};
 pub use mqtt_device::MqttDevice;
 pub use outage::{Outage, Refusal, refusing};
@@ -23,7 +26,15 @@ pub use scripted_device::ScriptedDevice;
 pub use workers::{PlainWorker, WorkerProcess, alone, await_job};
 
 /// How long a test waits for something that must happen before it says that it did not.
-pub const PATIENCE: std::time::Duration = std::time::Duration::from_mins(5);
+pub const PATIENCE: Duration = Duration::from_mins(5);
+
+/// What is told of a look that was in vain, in bytes.
+const MAX_SENTENCE: usize = 4000;
+
+tokio::task_local! {
+    /// What the look that is under way has seen.
+    static SEEN: RefCell<Vec<String>>;
+}
 
 /// Floods and storms on one side, tests with deadlines of seconds on the other.
 static MACHINE: tokio::sync::RwLock<()> = tokio::sync::RwLock::const_new(());
@@ -56,14 +67,47 @@ pub fn now() -> i64 {
     i64::try_from(now.as_millis()).expect("before the end of time")
 }
 
-/// Asks again and again until there is an answer; panics with `what` when [`PATIENCE`] is at its end.
-pub async fn eventually<T, F: Future<Output = Option<T>>>(what: &str, mut ask: impl FnMut() -> F) -> T {
-    let begin = std::time::Instant::now();
+/// Notes what a look at the cloud has seen; a wait that ends in vain tells it. Outside of a wait it does nothing.
+pub fn saw(what: impl Into<String>) {
+    let _ = SEEN.try_with(|seen| seen.borrow_mut().push(what.into()));
+}
+
+/// Asks once: the answer, and what was seen.
+pub async fn noted<T, F: Future<Output = T>>(ask: impl FnOnce() -> F) -> (T, String) {
+    SEEN.scope(RefCell::default(), async { (ask().await, SEEN.with(RefCell::take).join("; ")) }).await
+}
+
+/// What a wait says at its time-out.
+pub fn in_vain(limit: Duration, what: &str, seen: &str) -> String {
+    let mut sentence = format!("waited {limit:?} in vain: {what}; the last look saw: {seen}");
+    sentence.truncate(sentence.floor_char_boundary(MAX_SENTENCE));
+    sentence
+}
+
+/// Asks again and again until there is an answer; at the time-out says what the last look saw. So each look that has no
+/// answer yet must note something.
+pub async fn look<T, F: Future<Output = Option<T>>>(
+    limit: Duration,
+    interval: Duration,
+    what: &str,
+    mut ask: impl FnMut() -> F,
+) -> Result<T, String> {
+    let begin = Instant::now();
     loop {
-        if let Some(answer) = ask().await {
-            return answer;
+        let (answer, seen) = noted(&mut ask).await;
+        if let Some(answer) = answer {
+            return Ok(answer);
         }
-        assert!(begin.elapsed() < PATIENCE, "waited {PATIENCE:?} in vain: {what}");
-        tokio::time::sleep(std::time::Duration::from_millis(500)).await;
+        assert!(!seen.is_empty(), "{what}: a look notes nothing of what it sees (tests::saw)");
+        if begin.elapsed() >= limit {
+            return Err(in_vain(limit, what, &seen));
+        }
+        tokio::time::sleep(interval).await;
     }
+}
+
+/// Asks again and again until there is an answer; panics with what the last look saw when [`PATIENCE`] is at its end.
+pub async fn eventually<T, F: Future<Output = Option<T>>>(what: &str, ask: impl FnMut() -> F) -> T {
+    let answer = look(PATIENCE, Duration::from_millis(500), what, ask).await;
+    answer.unwrap_or_else(|sentence| panic!("{sentence}"))
 }

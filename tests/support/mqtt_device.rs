@@ -1,12 +1,37 @@
 //! A bare MQTT client with a device's certificate: it does what a test says and nothing else.
 
-use crate::{Cloud, PATIENCE};
+use crate::{Cloud, PATIENCE, in_vain};
 use device_simulator::DeviceSpec;
 use protocol::settings::{SettingCommand, SettingOutcome, SettingResponse, request_topic};
 use protocol::{OperationId, Publication, SettingName, ThingName};
 use rumqttc::{AsyncClient, Event, MqttOptions, NetworkOptions, Packet, Publish, QoS, Transport};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
+
+/// What has come on a connection, and what has gone wrong with it: who waits in vain tells it.
+#[derive(Clone, Default)]
+struct Seen(Arc<Mutex<Vec<String>>>);
+
+impl Seen {
+    /// The last few, and the same again and again once.
+    fn note(&self, what: String) {
+        let mut seen = self.0.lock().expect("no panic");
+        if seen.last() != Some(&what) {
+            seen.push(what);
+        }
+        if seen.len() > 20 {
+            seen.remove(0);
+        }
+    }
+
+    /// What the connection's task tells within the time that tests have.
+    async fn next<T>(&self, what: &str, from: &mut mpsc::UnboundedReceiver<T>) -> T {
+        let next = tokio::time::timeout(PATIENCE, from.recv()).await;
+        let seen = || self.0.lock().expect("no panic").join("; ");
+        next.unwrap_or_else(|_| panic!("{}", in_vain(PATIENCE, what, &seen()))).expect("the connection's task runs")
+    }
+}
 
 /// A connected device.
 pub struct MqttDevice {
@@ -16,6 +41,7 @@ pub struct MqttDevice {
     messages: mpsc::UnboundedReceiver<Publish>,
     subscriptions: mpsc::UnboundedReceiver<()>,
     acknowledged: tokio::sync::Mutex<mpsc::UnboundedReceiver<()>>,
+    seen: Seen,
     connection: tokio::task::JoinHandle<()>,
 }
 
@@ -50,9 +76,18 @@ impl MqttDevice {
         let (subscribed, subscriptions) = mpsc::unbounded_channel();
         let (publication, acknowledged) = mpsc::unbounded_channel();
         let (connected, mut connections) = mpsc::unbounded_channel();
+        let seen = Seen::default();
+        let told = seen.clone();
         let connection = tokio::spawn(async move {
             loop {
-                match events.poll().await {
+                let event = events.poll().await;
+                match &event {
+                    // What keeps a connection alive says nothing of what is waited for.
+                    Ok(Event::Outgoing(_) | Event::Incoming(Packet::PingResp)) => {}
+                    Ok(Event::Incoming(packet)) => told.note(format!("{packet:?}")),
+                    Err(error) => told.note(error.to_string()),
+                }
+                match event {
                     Ok(Event::Incoming(Packet::ConnAck(_))) => drop(connected.send(())),
                     Ok(Event::Incoming(Packet::SubAck(_))) => drop(subscribed.send(())),
                     Ok(Event::Incoming(Packet::PubAck(_))) => drop(publication.send(())),
@@ -62,22 +97,20 @@ impl MqttDevice {
                 }
             }
         });
-        let online = tokio::time::timeout(PATIENCE, connections.recv()).await;
-        online.expect("the device connects in time").expect("the device connects");
-        Self { thing, client, messages, subscriptions, acknowledged: acknowledged.into(), connection }
+        seen.next(&format!("{client_id} connects"), &mut connections).await;
+        Self { thing, client, messages, subscriptions, acknowledged: acknowledged.into(), seen, connection }
     }
 
     /// Subscribes and waits until the broker has confirmed it.
     pub async fn subscribe(&mut self, filter: String, qos: QoS) {
         self.client.subscribe(filter, qos).await.expect("subscribe");
-        let confirmed = tokio::time::timeout(PATIENCE, self.subscriptions.recv()).await;
-        confirmed.expect("the subscription is confirmed in time").expect("connected");
+        let what = format!("the subscription of {} is confirmed", self.thing);
+        self.seen.next(&what, &mut self.subscriptions).await;
     }
 
     /// The next message.
     pub async fn message(&mut self) -> Publish {
-        let next = tokio::time::timeout(PATIENCE, self.messages.recv()).await;
-        next.unwrap_or_else(|_| panic!("{} waited in vain for a message", self.thing)).expect("connected")
+        self.seen.next(&format!("{} gets a message", self.thing), &mut self.messages).await
     }
 
     /// Publishes whatever it is, and waits until the broker has it: the local one has then put it into the rules' queues.
@@ -86,8 +119,7 @@ impl MqttDevice {
         // What was sent without waiting.
         while acknowledged.try_recv().is_ok() {}
         self.send(message).await;
-        let taken = tokio::time::timeout(PATIENCE, acknowledged.recv()).await;
-        taken.expect("the broker takes it in time").expect("connected");
+        self.seen.next(&format!("the broker takes what {} says", self.thing), &mut acknowledged).await;
     }
 
     /// Publishes whatever it is, and goes on: the broker may not take it.

@@ -1,6 +1,6 @@
 //! Pushes of settings: their executions, and the third party that settings come from.
 
-use crate::{Cloud, eventually};
+use crate::{Cloud, eventually, saw, statuses};
 use aws_sdk_dynamodb::types::AttributeValue;
 use aws_sdk_sfn::types::{ExecutionListItem, ExecutionStatus};
 use device_simulator::settings_api::{SettingsApi, SettingsApiOptions};
@@ -61,6 +61,7 @@ impl Cloud {
         let prefix = format!("{thing}-");
         let mut own: Vec<_> = executions.into_iter().filter(|execution| execution.name.starts_with(&prefix)).collect();
         own.sort_by_key(|execution| execution.start_date);
+        saw(format!("executions of {thing}: {}", statuses(&own)));
         own
     }
 
@@ -91,13 +92,15 @@ impl Cloud {
     async fn describe(&self, arn: &str) -> Pushed {
         let described = self.step_functions.describe_execution().execution_arn(arn).send().await.expect("an execution");
         let output = described.output.as_deref().map(|output| serde_json::from_str(output).expect("JSON"));
-        Pushed {
+        let pushed = Pushed {
             name: described.name.unwrap_or_default(),
             arn: arn.to_owned(),
             status: described.status,
             output: output.unwrap_or_default(),
             error: (described.error.unwrap_or_default(), described.cause.unwrap_or_default()),
-        }
+        };
+        saw(format!("{} {} {:?}", pushed.name, pushed.status, pushed.error));
+        pushed
     }
 
     /// Starts a push by hand: its execution's ARN.
@@ -129,7 +132,9 @@ impl Cloud {
             let name = name.strip_prefix("confirmed:")?.parse().expect("a setting");
             Some((name, serde_dynamo::from_attribute_value(value).expect("a value")))
         });
-        confirmed.collect()
+        let confirmed = confirmed.collect();
+        saw(format!("{thing} has confirmed {confirmed:?}"));
+        confirmed
     }
 
     async fn settings_item(&self, thing: &ThingName) -> Option<std::collections::HashMap<String, AttributeValue>> {

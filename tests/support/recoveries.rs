@@ -1,6 +1,6 @@
 //! Failed updates and their recovery: reports, executions, and what is known of a device.
 
-use crate::{Cloud, Pushed, eventually};
+use crate::{Cloud, PATIENCE, Pushed, eventually, in_vain, saw};
 use aws_sdk_iot::types::AttributePayload;
 use aws_sdk_lambda::primitives::Blob;
 use aws_sdk_sfn::types::ExecutionStatus;
@@ -8,7 +8,7 @@ use fleet::recovery::{Device, RecoveryTable};
 use protocol::ThingName;
 use protocol::recovery::{UpdateReport, UpdateStatus};
 use serde_json::Value;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// The attributes that a thing has in these tests, beside others.
 pub const ORIGINAL: [(&str, &str); 2] = [("FW", "2.27"), ("model", "wo:v8")];
@@ -27,8 +27,10 @@ impl Cloud {
 
     /// A thing's attributes.
     pub async fn attributes(&self, thing: &ThingName) -> BTreeMap<String, String> {
-        let thing = self.iot.describe_thing().thing_name(thing.as_str()).send().await.expect("the thing");
-        thing.attributes.unwrap_or_default().into_iter().collect()
+        let described = self.iot.describe_thing().thing_name(thing.as_str()).send().await.expect("the thing");
+        let attributes = described.attributes.unwrap_or_default().into_iter().collect();
+        saw(format!("the attributes of {thing} are {attributes:?}"));
+        attributes
     }
 
     /// An operator changes an attribute.
@@ -62,7 +64,9 @@ impl Cloud {
 
     /// What is known of a device.
     pub async fn recovery(&self, thing: &ThingName) -> Device {
-        self.recovery_table().get(thing.as_str()).await.expect("the item")
+        let device = self.recovery_table().get(thing.as_str()).await.expect("the item");
+        saw(format!("{thing}: {device:?}"));
+        device
     }
 
     /// Waits until that is so of what is known of a device.
@@ -104,12 +108,14 @@ impl Cloud {
 
     /// Takes the messages about these things out of the operators' queue, once there are so many; then there is no further one.
     pub async fn quarantines(&self, things: &[ThingName], count: usize) -> Vec<Value> {
-        let mut found = Vec::new();
+        let (mut found, mut others) = (Vec::new(), BTreeSet::new());
         let mut quiet = 0;
         let begin = std::time::Instant::now();
         // FIFO: a message that is hidden by another test's call hides its thing's further ones, and no other's.
         while found.len() < count || quiet < 3 {
-            assert!(begin.elapsed() < crate::PATIENCE, "{} of {count} messages about {things:?}", found.len());
+            let what = || format!("{count} messages about {things:?}, and no further one");
+            let seen = || format!("{}: {found:?}; messages about others: {others:?}", found.len());
+            assert!(begin.elapsed() < PATIENCE, "{}", in_vain(PATIENCE, &what(), &seen()));
             let receive = self.sqs.receive_message().queue_url(self.output("RecoveryNotificationsQueueUrl"));
             let receive = receive.max_number_of_messages(10).visibility_timeout(1).wait_time_seconds(1);
             let messages = receive.send().await.expect("the queue").messages.unwrap_or_default();
@@ -121,6 +127,8 @@ impl Cloud {
                     let delete = self.sqs.delete_message().queue_url(self.output("RecoveryNotificationsQueueUrl"));
                     delete.receipt_handle(message.receipt_handle.unwrap_or_default()).send().await.expect("deleted");
                     found.push(body);
+                } else {
+                    others.insert(body["thingName"].to_string());
                 }
             }
             quiet = if found.len() == before { quiet + 1 } else { 0 };

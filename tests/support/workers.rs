@@ -1,13 +1,13 @@
 //! Jobs on premises: their executions, credentials for workers, and a worker that does no more than the contract says.
 
-use crate::{Cloud, MqttDevice, Pushed, eventually};
-use aws_sdk_sfn::types::ExecutionStatus;
+use crate::{Cloud, MqttDevice, PATIENCE, Pushed, eventually, look, saw};
 use protocol::on_premises::{JobMessage, WorkerMessage, WorkerResult, answers_topic, jobs_topic};
 use protocol::{Publication, Tenant};
 use rumqttc::QoS;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus};
+use std::time::Duration;
 
 impl Cloud {
     /// Starts a job: its execution's ARN.
@@ -43,11 +43,7 @@ pub async fn alone(tenant: &str) -> tokio::sync::MutexGuard<'static, ()> {
 
 /// Waits until a job's execution has ended.
 pub async fn await_job(cloud: &Cloud, arn: &str) -> Pushed {
-    eventually(&format!("{arn} ends"), || async {
-        let ended = cloud.ended_push(arn).await;
-        (ended.status != ExecutionStatus::Running).then_some(ended)
-    })
-    .await
+    cloud.ended_push(arn).await
 }
 
 /// A client that takes jobs and answers them, without lease and heartbeat.
@@ -150,8 +146,18 @@ impl WorkerProcess {
     /// Waits until the log holds that.
     pub async fn await_log(&self, text: &str) {
         let log = self.file("log");
-        let has = || std::fs::read_to_string(&log).unwrap_or_default().contains(text);
-        eventually(&format!("{text} in {}", log.display()), || async { has().then_some(()) }).await;
+        eventually(&format!("{text} in {}", log.display()), || async {
+            saw(self.last_words());
+            std::fs::read_to_string(&log).unwrap_or_default().contains(text).then_some(())
+        })
+        .await;
+    }
+
+    /// The end of its log.
+    pub fn last_words(&self) -> String {
+        let log = self.file("log");
+        let text = std::fs::read_to_string(&log).unwrap_or_else(|error| error.to_string());
+        format!("{} ends with {:?}", log.display(), &text[text.ceil_char_boundary(text.len().saturating_sub(1500))..])
     }
 
     /// Kills it without a warning.
@@ -166,11 +172,10 @@ impl WorkerProcess {
         let id = self.process.id().to_string();
         let sent = Command::new("kill").args(["-TERM", &id]).status().expect("kill");
         assert!(sent.success(), "the worker has ended before");
-        loop {
-            if let Some(status) = self.process.try_wait().expect("a child") {
-                return status;
-            }
-            tokio::time::sleep(std::time::Duration::from_millis(100)).await;
-        }
+        let ended = look(PATIENCE, Duration::from_millis(100), "the worker ends", || {
+            saw(self.last_words());
+            std::future::ready(self.process.try_wait().expect("a child"))
+        });
+        ended.await.unwrap_or_else(|sentence| panic!("{sentence}"))
     }
 }
