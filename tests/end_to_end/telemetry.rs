@@ -506,7 +506,7 @@ async fn a_sensor_is_brought_back_into_its_band_and_left_alone_then() {
 async fn remediated(events: &mut UnboundedReceiver<SensorEvent>) -> (f64, f64) {
     let pick = |event: &SensorEvent| match event {
         SensorEvent::Remediated { target, change, .. } => Some((*target, *change)),
-        _ => None,
+        SensorEvent::Measured { .. } => None,
     };
     first(events, "the sensor is told to act", pick).await
 }
@@ -515,7 +515,7 @@ async fn remediated(events: &mut UnboundedReceiver<SensorEvent>) -> (f64, f64) {
 async fn measured(events: &mut UnboundedReceiver<SensorEvent>, is: impl Fn(f64) -> bool) {
     let pick = |event: &SensorEvent| match event {
         SensorEvent::Measured { temperature, .. } => is(*temperature).then_some(()),
-        _ => None,
+        SensorEvent::Remediated { .. } => None,
     };
     first(events, "the sensor measures it", pick).await;
 }

@@ -668,7 +668,15 @@ async fn a_function_ends_no_task_of_a_workflow_that_is_not_its_own() {
     });
     let token = token.await;
     let end = |config: SdkConfig, token: String| async move {
-        code(aws_sdk_sfn::Client::new(&config).send_task_failure().task_token(token).error(ENDED).cause("tried").send().await)
+        code(
+            aws_sdk_sfn::Client::new(&config)
+                .send_task_failure()
+                .task_token(token)
+                .error(ENDED)
+                .cause("tried")
+                .send()
+                .await,
+        )
     };
     for role in ["StoreTaskTokenFunctionRole", "TrackPresenceFunctionRole", "UpdateJobFunctionRole"] {
         let config = with_role(&cloud.config, &stack, role).await;

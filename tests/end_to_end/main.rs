@@ -1,0 +1,12 @@
+//! Whole workflows on the local cloud: the real template, the real programs, MQTT over TLS.
+//!
+//! One program, so that tests of all contexts wait beside each other, and those that need the machine for themselves can say so.
+
+mod config_push;
+mod enforcement;
+mod firmware;
+mod on_premises;
+mod recovery;
+mod telemetry;
+mod watch;
+mod workflow;
