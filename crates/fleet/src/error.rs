@@ -162,7 +162,14 @@ impl ErrorName {
     /// State machines stop at once at every other name, and at [`FINAL_AWS_ERRORS`]; whatever else a task fails with they try
     /// again, so that a name that AWS introduces next year ends no workflow.
     pub fn is_transient(self) -> bool {
-        matches!(self, Self::Throttled | Self::ServiceUnavailable | Self::ServiceError | Self::SettingsApiUnavailable)
+        matches!(
+            self,
+            Self::Throttled
+                | Self::ServiceUnavailable
+                | Self::ServiceError
+                | Self::Misconfigured
+                | Self::SettingsApiUnavailable
+        )
     }
 }
 
