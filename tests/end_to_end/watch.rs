@@ -2,7 +2,6 @@
 
 use serde_json::{Value, json};
 use std::fs;
-use std::os::unix::fs::symlink;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -68,8 +67,12 @@ fn checkout(folder: &Path) -> PathBuf {
         let copied = Command::new("cp").args(["-al"]).arg(built.join(part)).arg(&target).status();
         assert!(copied.expect("cp").success(), "{part} is linked");
     }
-    fs::create_dir_all(checkout.join(".fleetflow")).expect("a folder");
-    symlink(std::env::var("FLEETFLOW_RUN").expect("a run"), checkout.join(".fleetflow/current")).expect("a link");
+    // Not a link to the run, which holds the copy: the watcher would go round in circles.
+    let (run, current) = (std::env::var("FLEETFLOW_RUN").expect("a run"), checkout.join(".fleetflow/current"));
+    fs::create_dir_all(&current).expect("a folder");
+    for file in ["env", "functions.env"] {
+        fs::copy(Path::new(&run).join(file), current.join(file)).expect("what the local cloud has written");
+    }
     checkout
 }
 

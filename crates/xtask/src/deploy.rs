@@ -66,7 +66,7 @@ pub(crate) fn deploy_with(
 pub(crate) fn deploy_released(project: &Project, cloud: &Cloud, parameters: &[(String, String)]) -> Result<Outputs> {
     let folder = cloud.run.file("build");
     {
-        let _lock = project.lock_builds()?;
+        let _lock = project.lock_releases()?;
         // One build of all functions; the build of each by `sam build` then finds it done. From the functions' own package, as
         // `sam build` does it: elsewhere Cargo would choose other features of the dependencies, and compile them all twice.
         let mut build = project.command("cargo");

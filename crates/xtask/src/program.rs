@@ -28,7 +28,7 @@ impl Programs {
         names.extend(OTHERS.map(str::to_owned));
         let mut arguments = vec!["--workspace".to_owned()];
         arguments.extend(names.iter().flat_map(|name| ["--bin".to_owned(), name.clone()]));
-        let title = "Compile the functions and the programs around them (once, some minutes)";
+        let title = "Build the functions, the simulator and the worker (some minutes the first time)";
         let paths = build(project, title, &arguments, || Venvs::ready(project).map(drop))?;
         Ok(Self(paths))
     }

@@ -44,6 +44,11 @@ impl Project {
         self.lock("build", "builds")
     }
 
+    /// The same for builds by cargo-lambda, which writes scripts and copies where another one may run them.
+    pub(crate) fn lock_releases(&self) -> Result<File> {
+        self.lock("release", "builds functions as they are released")
+    }
+
     /// Waits until no other command of this checkout has the lock of that name, and says so if one has. The lock is released
     /// when the file is closed, also when this program is killed.
     pub(crate) fn lock(&self, name: &str, what: &str) -> Result<File> {

@@ -2,7 +2,7 @@
 
 mod chaos;
 
-use std::fs;
+use std::fs::{self, File};
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
@@ -44,7 +44,7 @@ const TEST_PARAMETERS: &[(&str, &str)] = &[
 ];
 
 /// End-to-end tests mostly wait: more at the same time than there are processors.
-const END_TO_END_AT_ONCE: &str = "3";
+const END_TO_END_AT_ONCE: &str = "5";
 
 /// A slice of made-up faults mostly waits: all workflows at the same time.
 const ALL_WORKFLOWS: &str = "5";
@@ -213,12 +213,15 @@ impl Stack {
 struct Release {
     build: Process,
     folder: PathBuf,
+    /// Held until it is built.
+    _lock: File,
 }
 
 impl Release {
     const FUNCTION: &str = "CreateJobFunction";
 
     fn start(project: &Project, folder: PathBuf) -> Result<Self> {
+        let lock = project.lock_releases()?;
         let sam = deploy::sam_build(project, &Venvs::ready(project)?, &folder);
         let mut command = project.command("nice");
         command.args(["-n", "19"]).arg(sam.get_program()).args(sam.get_args()).arg(Self::FUNCTION);
@@ -226,7 +229,7 @@ impl Release {
         eprintln!("$ {}", project.line(&sam));
         let build =
             project.processes.spawn("`sam build`", Kind::Task, &mut command, Some(&folder.with_extension("log")))?;
-        Ok(Self { build, folder })
+        Ok(Self { build, folder, _lock: lock })
     }
 
     /// Waits for the build, deploys the function in the place of its debug build, and invokes it.

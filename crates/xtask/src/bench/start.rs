@@ -102,6 +102,7 @@ fn build(project: &Project, folder: &str, settings: &[(&str, &str)]) -> Result<(
     build.env("PATH", venvs.build.path()).env("CARGO_TARGET_DIR", &target);
     build.envs(settings.iter().map(|(name, value)| (format!("CARGO_PROFILE_RELEASE_{name}"), value)));
     let settings = settings.iter().map(|(name, value)| format!("{name}={value} ")).collect::<String>();
+    let _lock = project.lock_releases()?;
     let step = Step::start(format!("$ {settings}{}", project.line(&build)));
     let before = time_of_children()?;
     project.processes.run("`cargo lambda build`", &mut build, &target.join("build.log"))?;
