@@ -46,6 +46,9 @@ from moto.stepfunctions.parser.asl.component.state.exec.state_task.service.state
 from moto.stepfunctions.parser.asl.component.state.exec.state_task.service.state_task_service_callback import (
     StateTaskServiceCallback,
 )
+from moto.stepfunctions.parser.asl.component.state.exec.state_task.service.state_task_service_dynamodb import (
+    StateTaskServiceDynamoDB,
+)
 from moto.stepfunctions.parser.asl.eval.callback.callback import (
     CallbackOutcomeTimedOut,
     HeartbeatTimedOut,
@@ -529,6 +532,18 @@ _custom_error_name = mock_eval_utils.CustomErrorName
 mock_eval_utils.CustomErrorName = error_name_of
 Environment.is_mocked_mode = lambda env: mocked_answers(env) is not None
 Environment.get_current_mocked_response = current_mocked_response
+
+
+# A given error keeps its name; moto's task of DynamoDB would give it another one.
+
+_dynamodb_failure = StateTaskServiceDynamoDB._from_error
+
+
+def dynamodb_failure(self, env, ex):
+    return ex.failure_event if isinstance(ex, FailureEventException) else _dynamodb_failure(self, env, ex)
+
+
+StateTaskServiceDynamoDB._from_error = dynamodb_failure
 
 
 # Such an execution asks after which error what is done, and not for the hour that the waits between the attempts take.
