@@ -2,7 +2,7 @@
 
 Gap: the emulator refuses CreateDynamicThingGroup and its relatives. On AWS the index follows a change within seconds to
 minutes; here a thing joins and leaves with the call that changes it. Queries are of fleet indexing's language: terms
-`field:value` (also with spaces around the colon) with wildcards and quotation marks, AND, OR, NOT and parentheses; no ranges, and
+`field:value` (also with a space after the colon) with wildcards and quotation marks, AND, OR, NOT and parentheses; no ranges, and
 nothing about connectivity.
 (https://docs.aws.amazon.com/iot/latest/developerguide/query-syntax.html)
 """
@@ -12,7 +12,7 @@ import re
 import ministack.services.iot as iot
 
 PREFIX = "/dynamic-thing-groups/"
-TOKEN = re.compile(r'\s*(?:(?P<mark>[()])|(?P<word>AND|OR|NOT)\b|(?P<field>[\w.]+)\s*:\s*(?P<value>"[^"]*"|(?:\\.|[^\s()])+))')
+TOKEN = re.compile(r'\s*(?:(?P<mark>[()])|(?P<word>AND|OR|NOT)\b|(?P<field>[\w.]+):\s*(?P<value>"[^"]*"|(?:\\.|[^\s()])+))')
 
 
 class InvalidQuery(Exception):

@@ -10,6 +10,7 @@ there.
 """
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -26,10 +27,6 @@ LEVEL = 1
 EXECUTABLE = 0o755 << 16
 
 
-def is_newer(file, other):
-    return file.exists() and file.stat().st_mtime > other.stat().st_mtime
-
-
 def stripped(program):
     """A program without its symbols, which are half of it; as it is where there is no `strip`."""
     if not shutil.which("strip"):
@@ -42,7 +39,9 @@ def stripped(program):
 def zipped(program):
     """The archive of a program, which lies beside it until the program is built anew."""
     archive = program.parent / "functions" / f"{program.name}.zip"
-    if not is_newer(archive, program):
+    built = program.stat().st_mtime_ns
+    # Its time says of which build it is: Cargo may bring back an older one.
+    if not archive.exists() or archive.stat().st_mtime_ns != built:
         archive.parent.mkdir(exist_ok=True)
         unfinished = archive.with_suffix(".unfinished")
         with zipfile.ZipFile(unfinished, "w", zipfile.ZIP_DEFLATED, compresslevel=LEVEL) as file:
@@ -50,6 +49,7 @@ def zipped(program):
             entry.external_attr = EXECUTABLE
             entry.compress_type = zipfile.ZIP_DEFLATED
             file.writestr(entry, stripped(program), compresslevel=LEVEL)
+        os.utime(unfinished, ns=(built, built))
         unfinished.rename(archive)
     return archive
 

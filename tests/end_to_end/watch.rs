@@ -9,8 +9,8 @@ use tests::{Cloud, eventually, saw};
 
 /// What a copy does without: what is built, and what Git and the local cloud keep.
 const LEFT_OUT: [&str; 3] = ["target", ".git", ".fleetflow"];
-/// What Cargo needs of a target folder to find dependencies built.
-const BUILT: [&str; 3] = ["deps", "build", ".fingerprint"];
+/// Where `cargo lambda watch` listens, without a word from the README.
+const ADDRESS: &str = "127.0.0.1:9000";
 
 /// Starts the local cloud, watches, invokes.
 struct Commands {
@@ -59,14 +59,7 @@ fn checkout(folder: &Path) -> PathBuf {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace");
     let checkout = folder.join("checkout");
     copy(root, &checkout);
-    // This program is in `deps` of the profile's folder. Links, as they are gigabytes that nobody writes to.
-    let built = std::env::current_exe().expect("this program").ancestors().nth(2).expect("target/debug").to_owned();
-    let target = checkout.join("target/debug");
-    fs::create_dir_all(&target).expect("a folder");
-    for part in BUILT {
-        let copied = Command::new("cp").args(["-al"]).arg(built.join(part)).arg(&target).status();
-        assert!(copied.expect("cp").success(), "{part} is linked");
-    }
+    link_target(&checkout.join("target/debug"));
     // Not a link to the run, which holds the copy: the watcher would go round in circles.
     let (run, current) = (std::env::var("FLEETFLOW_RUN").expect("a run"), checkout.join(".fleetflow/current"));
     fs::create_dir_all(&current).expect("a folder");
@@ -74,6 +67,25 @@ fn checkout(folder: &Path) -> PathBuf {
         fs::copy(Path::new(&run).join(file), current.join(file)).expect("what the local cloud has written");
     }
     checkout
+}
+
+/// Gives the copy what is built already. Libraries and programs are gigabytes, and replaced rather than changed when they are built
+/// anew, so they are linked; Cargo's notes are changed, so they are copied.
+fn link_target(target: &Path) {
+    // This program is in `deps` of the profile's folder.
+    let built = std::env::current_exe().expect("this program").ancestors().nth(2).expect("target/debug").to_owned();
+    fs::create_dir_all(target).expect("a folder");
+    for (option, part) in [("-al", "deps"), ("-al", "build"), ("-a", ".fingerprint")] {
+        let copied = Command::new("cp").arg(option).arg(built.join(part)).arg(target).status();
+        assert!(copied.expect("cp").success(), "{part} is copied");
+    }
+    for entry in fs::read_dir(target.join("deps")).expect("deps") {
+        let path = entry.expect("an entry").path();
+        if path.extension().is_some_and(|extension| extension == "d") {
+            let notes = fs::read(&path).expect("notes");
+            fs::remove_file(&path).and_then(|()| fs::write(&path, notes)).expect("notes of its own");
+        }
+    }
 }
 
 /// A command line in the checkout, in a terminal that knows nothing yet of the local cloud.
@@ -96,6 +108,7 @@ fn text(output: &Output) -> String {
 #[tokio::test]
 #[ignore = "needs the local cloud: cargo xtask test"]
 async fn a_function_is_watched_invoked_and_edited_as_the_readme_says() {
+    assert!(std::net::TcpStream::connect(ADDRESS).is_err(), "{ADDRESS} is taken: by another `cargo lambda watch`?");
     let cloud = Cloud::connect().await;
     let folder = Cloud::folder("watch");
     let checkout = checkout(&folder);
@@ -111,9 +124,11 @@ async fn a_function_is_watched_invoked_and_edited_as_the_readme_says() {
 
     // Its log is elsewhere: whatever changes in the checkout has the function built.
     let log = fs::File::create(folder.join("watch.log")).expect("a log");
-    let mut watch = shell(&checkout, &commands.watch);
+    // If this program is killed, nobody else ends the group.
+    let guard = format!("(while kill -0 {} 2>/dev/null; do sleep 1; done; kill 0) &", std::process::id());
+    let mut watch = shell(&checkout, &format!("{guard} {}", commands.watch));
     watch.stdout(log.try_clone().expect("a log")).stderr(log).process_group(0);
-    let _watch = ProcessGroup(watch.spawn().expect("cargo lambda watch"));
+    let watching = ProcessGroup(watch.spawn().expect("cargo lambda watch"));
     let invoke = || shell(&checkout, &commands.invoke).output().expect("cargo lambda invoke");
     let watched = || fs::read_to_string(folder.join("watch.log")).unwrap_or_default();
     let answer = eventually("create-job answers", || async {
@@ -137,4 +152,6 @@ async fn a_function_is_watched_invoked_and_edited_as_the_readme_says() {
         answer.contains("EDITED").then_some(())
     })
     .await;
+    drop(watching);
+    fs::remove_dir_all(&checkout).expect("the copy is removed");
 }

@@ -17,9 +17,9 @@ pub const MAX_INPUT_BYTES: usize = 1024 * 1024;
 /// (<https://docs.aws.amazon.com/lambda/latest/dg/gettingstarted-limits.html>).
 pub const MAX_BATCH_BYTES: usize = 6 * 1024 * 1024;
 
-/// What a function reaches, built once for the process. A function that cannot be built serves no other answer than
-/// [`ErrorName::Misconfigured`]: if it ended instead, its caller would learn that it ended, and behind `cargo lambda watch` wait
-/// for minutes to learn nothing.
+/// What a function reaches, built once for the process. If that fails, the function answers every event with
+/// [`ErrorName::Misconfigured`]. If it ended instead, its caller would only learn that it ended, and `cargo lambda invoke` would wait
+/// for minutes.
 pub async fn configured<T>(build: impl Future<Output = Result<T, String>>) -> Result<T, lambda_runtime::Error> {
     let why = match build.await {
         Ok(reached) => return Ok(reached),

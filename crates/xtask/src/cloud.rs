@@ -235,8 +235,6 @@ impl Cloud {
             ("FLEETFLOW_CA", self.ca.display().to_string()),
             ("FLEETFLOW_STACK", STACK.to_owned()),
             ("FLEETFLOW_RUN", self.run.folder.display().to_string()),
-            ("FLEETFLOW_VENV_BUILD", self.venvs.build.folder.display().to_string()),
-            ("FLEETFLOW_VENV_CLOUD", self.venvs.cloud.folder.display().to_string()),
         ]);
         environment.extend(self.proxy.as_ref().map(|(_, url)| ("FLEETFLOW_PROXY", url.clone())));
         environment
@@ -394,7 +392,7 @@ pub(crate) fn up(project: &Project, options: &UpOptions) -> Result<()> {
     }
     let outputs = deploy::deploy(project, &cloud, &programs, &parameters)?;
     functions::write_environment(project, &cloud)?;
-    cloud.run.make_current(project)?;
+    cloud.run.make_current()?;
     println!("{}", instructions(&cloud, &outputs)?);
     if let Some(api) = &settings_api {
         println!("{}", settings_api_instructions(api));
@@ -441,9 +439,9 @@ Update them:
   aws s3 cp FIRMWARE-FILE s3://{bucket}/firmware/2.0.0
   sam remote invoke CreateJobFunction --stack-name {STACK} --event '{{\"firmwareVersion\": \"2.0.0\", \
 \"upgradeTrigger\": \"manual\", \"targetArn\": \"{arn}\"}}'
-Work on a function, here create-job (the others are in crates/fleet/src/bin):
-  cargo lambda watch --env-file .fleetflow/current/functions.env
-  cargo lambda invoke create-job --data-file upgrade.json"
+Work on a function, here create-job (the others are in crates/fleet/src/bin), in two terminals; upgrade.json is the event above:
+  source .fleetflow/current/env && cargo lambda watch --env-file .fleetflow/current/functions.env
+  source .fleetflow/current/env && cargo lambda invoke create-job --data-file upgrade.json"
     ))
 }
 

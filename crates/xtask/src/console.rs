@@ -102,7 +102,7 @@ impl Drop for Step {
 }
 
 /// Prints a line above the spinners that turn.
-fn say(line: &str) {
+pub(crate) fn say(line: &str) {
     SPINNERS.suspend(|| eprintln!("{line}"));
 }
 
@@ -112,7 +112,7 @@ fn ticker(title: String, started: Instant, spinner: ProgressBar, log: Option<Pat
     let interval = if spinner.is_hidden() { PIPE_INTERVAL } else { TERMINAL_INTERVAL };
     let tick = move || {
         while stopped.recv_timeout(interval) == Err(RecvTimeoutError::Timeout) {
-            let progress = log.as_deref().and_then(progress).map(|(done, all)| format!("{done} of {all} crates"));
+            let progress = log.as_deref().and_then(progress);
             if spinner.is_hidden() {
                 let progress = progress.map(|progress| format!(", {progress}")).unwrap_or_default();
                 eprintln!("  … {} s{progress}", started.elapsed().as_secs());
@@ -128,14 +128,18 @@ fn ticker(title: String, started: Instant, spinner: ProgressBar, log: Option<Pat
 pub(crate) const CARGO_PROGRESS: [(&str, &str); 2] =
     [("CARGO_TERM_PROGRESS_WHEN", "always"), ("CARGO_TERM_PROGRESS_WIDTH", "80")];
 
-/// How many crates of how many are done, by the end of Cargo's log.
-fn progress(log: &Path) -> Option<(u32, u32)> {
+/// What Cargo is at, by the end of its log.
+fn progress(log: &Path) -> Option<String> {
     let mut file = File::open(log).ok()?;
     let length = file.metadata().ok()?.len();
     file.seek(SeekFrom::Start(length.saturating_sub(PROGRESS_BYTES))).ok()?;
     let mut end = Vec::new();
     file.read_to_end(&mut end).ok()?;
-    counter(&String::from_utf8_lossy(&end))
+    let end = String::from_utf8_lossy(&end);
+    if end.lines().last().is_some_and(|line| line.contains("waiting for file lock")) {
+        return Some("waits for another Cargo of this checkout".to_owned());
+    }
+    counter(&end).map(|(done, all)| format!("{done} of {all} crates"))
 }
 
 /// The last counter in Cargo's output, such as `Building [=====>    ] 123/456: serde`.

@@ -42,7 +42,7 @@ pub(crate) fn deploy(
     deploy_with(project, cloud, programs, None, parameters)
 }
 
-/// The same with those functions that `sam build` has built into a folder in the place of theirs.
+/// The same, with the functions that `sam build` has built into a folder instead of their debug builds.
 pub(crate) fn deploy_with(
     project: &Project,
     cloud: &Cloud,

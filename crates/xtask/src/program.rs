@@ -17,8 +17,8 @@ const OTHERS: [&str; 3] = ["aws-proxy", "device-simulator", "on-premises-worker"
 
 /// The functions and the programs around them, in Cargo's profile for development.
 ///
-/// One call of Cargo builds them all, for the same selection of packages (all of them) as the tests are built for: with another
-/// one features would unify otherwise, and the AWS SDKs would be compiled once more.
+/// One call of Cargo builds them all, with the same selection of packages (all of them) as the tests: a different selection would
+/// unify features differently, and the AWS SDKs would be compiled once more.
 pub(crate) struct Programs(BTreeMap<String, PathBuf>);
 
 impl Programs {

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
+use crate::console::say;
 use crate::process::Processes;
 use crate::python::Venv;
 
@@ -61,7 +62,7 @@ impl Project {
                 Ok(()) => Ok(Some(())),
                 Err(TryLockError::WouldBlock) => {
                     if !std::mem::replace(&mut waiting, true) {
-                        eprintln!("Another command of this checkout {what}; this one waits until that is done.");
+                        say(&format!("Another command of this checkout {what}; this one waits until that is done."));
                     }
                     Ok(None)
                 }

@@ -104,10 +104,12 @@ fn ready(project: &Project, name: &str, python: &str) -> Result<Venv> {
     let _lock = project.lock(&format!("venv/{name}"), &format!("makes the Python environment for {name}"))?;
     if !complete.exists() {
         if name == INSTALLER {
-            make(project, name, &venv, &[], |_| pip(project, &venv, &requirements))?;
+            make(project, name, &venv, &[], &mut [pip(project, &venv, &venv, &requirements)])?;
         } else {
             let installer = ready(project, INSTALLER, python)?;
-            make(project, name, &venv, &["--without-pip"], |venv| uv(project, &installer, venv, &requirements))?;
+            // Whoever has told pip where packages come from has not told uv.
+            let ways = &mut [uv, pip].map(|way| way(project, &installer, &venv, &requirements));
+            make(project, name, &venv, &["--without-pip"], ways)?;
         }
         fs::write(complete, "")?;
     }
@@ -120,14 +122,8 @@ fn hash(parts: &[&str]) -> String {
     digest
 }
 
-/// Makes the environment of that name, and fills it with a command that installs into it.
-fn make(
-    project: &Project,
-    name: &str,
-    venv: &Venv,
-    options: &[&str],
-    install: impl FnOnce(&Venv) -> Command,
-) -> Result<()> {
+/// Makes the environment of that name, and fills it with the first of the commands that succeeds.
+fn make(project: &Project, name: &str, venv: &Venv, options: &[&str], ways: &mut [Command]) -> Result<()> {
     let step = Step::start(format!("Python environment for {name} (once)"));
     if venv.folder.exists() {
         fs::remove_dir_all(&venv.folder)
@@ -137,14 +133,25 @@ fn make(
     let mut create = project.command("python3");
     create.args(["-m", "venv"]).args(options).arg(&venv.folder);
     project.processes.run("python3 -m venv", &mut create, &log)?;
-    project.processes.run(&format!("the installation of local/requirements-{name}.txt"), &mut install(venv), &log)?;
+    let installation = format!("the installation of local/requirements-{name}.txt");
+    let mut installed = Ok(());
+    for way in ways {
+        installed = project.processes.run(&installation, way, &log);
+        if installed.is_ok() {
+            break;
+        }
+        project.processes.check()?;
+    }
+    installed?;
     step.done();
     Ok(())
 }
 
-fn pip(project: &Project, venv: &Venv, requirements: &Path) -> Command {
-    let mut install = project.tool(venv, "python");
-    install.args(["-m", "pip", "install", "--no-input", "--requirement"]).arg(requirements);
+/// An installation by the pip of the installer's environment.
+fn pip(project: &Project, installer: &Venv, venv: &Venv, requirements: &Path) -> Command {
+    let mut install = project.tool(installer, "python");
+    install.args(["-m", "pip", "--python"]).arg(venv.program("python"));
+    install.args(["install", "--no-input", "--requirement"]).arg(requirements);
     install
 }
 
@@ -152,12 +159,6 @@ fn pip(project: &Project, venv: &Venv, requirements: &Path) -> Command {
 fn uv(project: &Project, installer: &Venv, venv: &Venv, requirements: &Path) -> Command {
     let mut install = project.tool(installer, "uv");
     install.args(["pip", "install", "--python"]).arg(venv.program("python")).arg("--requirement").arg(requirements);
-    // Where packages come from, for those who have told pip.
-    for (pip, uv) in [("PIP_INDEX_URL", "UV_DEFAULT_INDEX"), ("PIP_CERT", "SSL_CERT_FILE")] {
-        if let (Some(value), None) = (env::var_os(pip), env::var_os(uv)) {
-            install.env(uv, value);
-        }
-    }
     install
 }
 

@@ -18,8 +18,8 @@ use crate::project::Project;
 const RECORD: &str = "cloud.json";
 /// The same record afterwards.
 const STOPPED: &str = "stopped.json";
-/// What only a running cloud needs, and what is large: copies of the Lambda binaries.
-const TEMPORARY: [&str; 3] = ["tmp", "build", "build.toml"];
+/// What only a running cloud needs, and what is large: copies of the Lambda binaries, and of the checkout.
+const TEMPORARY: [&str; 5] = ["tmp", "build", "build.toml", "release", "tests/watch/checkout"];
 const RUNS_KEPT: usize = 10;
 const POLL: Duration = Duration::from_millis(50);
 
@@ -92,9 +92,9 @@ impl Run {
     }
 
     /// Makes `.fleetflow/current` lead to this run.
-    pub(crate) fn make_current(&self, project: &Project) -> Result<()> {
+    pub(crate) fn make_current(&self) -> Result<()> {
         let link = self.current().context("the run's folder is in no other")?;
-        let fresh = project.state().join(format!("current-{}", std::process::id()));
+        let fresh = link.with_file_name(format!("current-{}", std::process::id()));
         symlink(&self.folder, &fresh)
             .and_then(|()| fs::rename(&fresh, &link))
             .with_context(|| format!("the link {} cannot be made", link.display()))
@@ -245,4 +245,27 @@ pub(crate) fn down(project: &Project) -> Result<()> {
         eprintln!("No local cloud of this checkout is running.");
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_leads_to_a_cloud_that_is_down() {
+        let state = std::env::temp_dir().join(format!("xtask-run-{}", std::process::id()));
+        let run = |name: &str| Run { folder: state.join("runs").join(name) };
+        let (first, second) = (run("1"), run("2"));
+        let current = state.join("current");
+        for run in [&first, &second] {
+            fs::create_dir_all(&run.folder).expect("a folder");
+            run.make_current().expect("a link");
+            assert_eq!(fs::read_link(&current).expect("a link"), run.folder);
+        }
+        first.close();
+        assert!(fs::symlink_metadata(&current).is_ok(), "it leads to the other one");
+        second.close();
+        assert!(fs::symlink_metadata(&current).is_err());
+        fs::remove_dir_all(state).expect("removed");
+    }
 }

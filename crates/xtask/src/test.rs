@@ -213,8 +213,8 @@ impl Stack {
 struct Release {
     build: Process,
     folder: PathBuf,
-    /// Held until it is built.
-    _lock: File,
+    /// Other commands build no functions for release until this one is.
+    lock: File,
 }
 
 impl Release {
@@ -229,15 +229,25 @@ impl Release {
         eprintln!("$ {}", project.line(&sam));
         let build =
             project.processes.spawn("`sam build`", Kind::Task, &mut command, Some(&folder.with_extension("log")))?;
-        Ok(Self { build, folder, _lock: lock })
+        Ok(Self { build, folder, lock })
+    }
+
+    /// How large the function's deployed code is, in bytes.
+    fn code_size(project: &Project, stack: &Stack) -> Result<u64> {
+        let functions = functions::list(project, &stack.cloud)?;
+        let function = functions.iter().find(|function| function.name.contains(Self::FUNCTION));
+        Ok(function.with_context(|| format!("{} is not deployed", Self::FUNCTION))?.code_size)
     }
 
     /// Waits for the build, deploys the function in the place of its debug build, and invokes it.
-    fn check(&self, project: &Project, stack: &Stack) -> Result<()> {
+    fn check(self, project: &Project, stack: &Stack) -> Result<()> {
         let step = Step::start("Wait for `sam build`");
         self.build.expect_success(project.processes.finish(&self.build)?)?;
+        drop(self.lock);
         step.done();
+        let before = Self::code_size(project, stack)?;
         deploy::deploy_with(project, &stack.cloud, &stack.programs, Some(&self.folder), &stack.parameters)?;
+        ensure!(Self::code_size(project, stack)? != before, "the debug build of {} is still deployed", Self::FUNCTION);
         let event = r#"{"firmwareVersion": "2.0.0", "upgradeTrigger": "test", "targetArn": "nothing"}"#;
         let mut invoke = stack.cloud.tool(project, "sam");
         invoke.args(["remote", "invoke", Self::FUNCTION, "--stack-name", STACK, "--event", event]);

@@ -350,6 +350,10 @@ impl WorkerJobs {
     async fn complete(&self, item: &WorkerJob) -> Result<Outcome, Error> {
         let output = match &item.answer {
             None => return Ok(Outcome::Waiting),
+            // No exception can have a name of ours.
+            Some(Answer::Failed { error, cause }) if error == ErrorName::ResultMissing.as_str() => {
+                return self.tasks.fail(&item.task_token, ErrorName::ResultMissing, cause).await;
+            }
             Some(Answer::Failed { error, cause }) => {
                 let cause = exception(error, cause);
                 return self.tasks.fail(&item.task_token, ErrorName::WorkerException, &cause).await;
