@@ -625,6 +625,19 @@ mod tests {
     }
 
     #[test]
+    fn every_command_that_shows_something_can_be_quiet() {
+        let certificates = ["--certificates", "."];
+        let broker = ["--endpoint", "localhost"];
+        let commands: [&[&str]; 4] =
+            [&["provision", "--count", "1"], &["run"], &["monitor"], &["cleanup", "--thing-group", "fleet"]];
+        for command in commands {
+            let broker = if matches!(command[0], "run" | "monitor") { &broker[..] } else { &[] };
+            let args = ["device-simulator"].iter().chain(command).chain(&certificates).chain(broker).chain(&["-q"]);
+            assert!(Cli::try_parse_from(args).is_ok(), "{command:?}");
+        }
+    }
+
+    #[test]
     fn profiles_are_objects_of_settings() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("profiles.json");
