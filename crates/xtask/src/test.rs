@@ -31,7 +31,7 @@ const TEST_PARAMETERS: &[(&str, &str)] = &[
     ("TransferTimeoutSeconds", STEP_TIMEOUT_SECONDS),
     ("InstallTimeoutSeconds", STEP_TIMEOUT_SECONDS),
     ("RebootTimeoutSeconds", STEP_TIMEOUT_SECONDS),
-    ("SettingTimeoutSeconds", "25"),
+    ("SettingTimeoutSeconds", "45"),
     ("ParkingSeconds", "45"),
     ("WorkerTimeoutSeconds", "75"),
     ("WorkerHeartbeatSeconds", "45"),
@@ -44,7 +44,7 @@ const TEST_PARAMETERS: &[(&str, &str)] = &[
 ];
 
 /// End-to-end tests mostly wait: more at the same time than there are processors.
-const END_TO_END_AT_ONCE: &str = "5";
+const END_TO_END_AT_ONCE: &str = "4";
 
 /// A slice of made-up faults mostly waits: all workflows at the same time.
 const ALL_WORKFLOWS: &str = "5";
