@@ -11,6 +11,7 @@ import metering
 import ministack.services.lambda_svc as lambda_svc
 import schedule_times
 import thing_versions
+import topic_decoding
 from ministack.app import main
 
 _sqs_esm_concurrency = lambda_svc._sqs_esm_concurrency
@@ -32,6 +33,7 @@ job_retries.install()
 metering.install()
 schedule_times.install()
 thing_versions.install()
+topic_decoding.install()
 
 if __name__ == "__main__":
     main()
