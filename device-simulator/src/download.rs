@@ -4,7 +4,7 @@ use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use ed25519_dalek::{Signature, VerifyingKey};
 use mqtt_connection::with_causes;
-use protocol::{DeviceFailure, Firmware, ProtocolName};
+use protocol::{DeviceFailure, Firmware, ProtocolName, redacted};
 use reqwest::header::{CONTENT_RANGE, RANGE};
 use reqwest::{Response, StatusCode};
 use sha2::{Digest, Sha256};
@@ -105,7 +105,8 @@ enum Broken {
 
 impl From<reqwest::Error> for Broken {
     fn from(error: reqwest::Error) -> Self {
-        Self::ForNow(with_causes(&error))
+        // It quotes the address, which is good for whoever reads it.
+        Self::ForNow(redacted(&with_causes(&error)))
     }
 }
 
@@ -148,7 +149,7 @@ impl Download<'_> {
             if failures >= ATTEMPTS {
                 return Err(DownloadError::Image(ImageFailure::Transfer(why)));
             }
-            tracing::debug!("{}: {why}, trying again", self.firmware.url);
+            tracing::debug!("{}: {why}, trying again", redacted(&self.firmware.url));
             tokio::time::sleep(FIRST_RETRY * 2_u32.pow(failures - 1)).await;
         }
     }
@@ -434,6 +435,19 @@ mod tests {
         let error = trial.fetch(&firmware(&trial.server.url)).await.unwrap_err();
         assert!(matches!(error, DownloadError::Image(ImageFailure::Status(404))), "{error:?}");
         assert_eq!(trial.requests().len(), 2);
+    }
+
+    // Paused, because a download is tried again for a while.
+    #[tokio::test(start_paused = true)]
+    async fn an_error_does_not_repeat_what_the_address_keeps_secret() {
+        let trial = Trial::new(vec![Answer::Serve]).await;
+        // Nobody listens on that port.
+        let error = trial.fetch(&firmware("http://127.0.0.1:1/2.0.0?X-Amz-Signature=SECRET")).await.unwrap_err();
+        let DownloadError::Image(failure) = error else { panic!("{error:?}") };
+        for protocol in ProtocolName::ALL {
+            let message = failure.report(protocol).message;
+            assert!(message.contains("http://127.0.0.1:1/2.0.0?…") && !message.contains("SECRET"), "{message}");
+        }
     }
 
     #[tokio::test]

@@ -467,7 +467,7 @@ fn policy_document(arn_prefix: &str) -> String {
             {
                 "Effect": "Allow",
                 "Action": "iot:Publish",
-                "Resource": arn("topic", UPDATE_REPORTS_TOPIC),
+                "Resource": all("topic", &["controllers/self::aws-dm-controller/reply", UPDATE_REPORTS_TOPIC]),
                 "Condition": {"Bool": {"iot:Connection.Thing.IsAttached": "true"}}
             }
         ]

@@ -42,6 +42,8 @@ async fn a_devices_certificate_is_good_for_that_device_only() {
         (me, Publish(format!("devices/{me}/firmware_resp"))),
         (me, Publish(format!("devices/{me}/config_resp"))),
         (me, Publish(format!("{controller}/{me}/response"))),
+        (me, Publish(format!("{controller}/{me}/reply"))),
+        (me, Publish(topic("controllers/self::aws-dm-controller/reply"))),
         (me, Publish(topic("iot/device/data"))),
     ];
     let refused = [

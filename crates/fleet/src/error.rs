@@ -206,9 +206,10 @@ pub struct Error {
 }
 
 impl Error {
-    /// An error of that name. Of a sentence that quotes a whole message, the beginning is kept.
+    /// An error of that name. Of a sentence that quotes a whole message, the beginning is kept, and of an address what is no
+    /// secret.
     pub fn new(name: ErrorName, message: impl Into<String>) -> Self {
-        let mut message = message.into();
+        let mut message = protocol::redacted(&message.into());
         message.truncate(message.floor_char_boundary(MAX_MESSAGE_BYTES));
         Self { name, message }
     }

@@ -1,7 +1,7 @@
 //! The trait that every device encoding implements, cloud side and device side.
 
 use crate::limits::{MAX_JSON_DEPTH, MAX_PAYLOAD_BYTES};
-use crate::{Command, OperationId, ProtocolName, Report, Response, Step, ThingName};
+use crate::{Command, OperationId, ProtocolName, Report, Response, Step, ThingName, redacted};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -22,6 +22,8 @@ pub type Acknowledgement = Publication;
 pub struct Received {
     /// What the device said.
     pub report: Report,
+    /// The version that the device runs, if it reports a boot, good or failed, and says so.
+    pub runs: Option<String>,
     /// What it wants to hear in return.
     pub acknowledgement: Option<Acknowledgement>,
 }
@@ -69,7 +71,7 @@ const MAX_REASON_CHARACTERS: usize = 1000;
 impl DecodeError {
     pub(crate) fn malformed(what: &str, why: impl std::fmt::Display) -> Self {
         // Whatever the message holds may be quoted in it.
-        Self::Malformed(format!("{what}: {why}").chars().take(MAX_REASON_CHARACTERS).collect())
+        Self::Malformed(redacted(&format!("{what}: {why}")).chars().take(MAX_REASON_CHARACTERS).collect())
     }
 }
 
@@ -77,8 +79,9 @@ impl DecodeError {
 ///
 /// The cloud uses the first half, devices (the simulator) the second.
 pub trait DeviceProtocol: Send + Sync {
-    /// The thing whose topic this is, if it is one that such devices publish on.
-    fn thing_of_report(&self, topic: &str) -> Option<ThingName>;
+    /// The thing that reports, if the topic is one that such devices publish on; an error if that is no thing. `client` is
+    /// the MQTT client that published it: a device's is called as its thing, and not every topic names that.
+    fn thing_of_report(&self, topic: &str, client: &str) -> Option<Result<ThingName, DecodeError>>;
 
     /// The message that carries a command to a device. `now` is in Unix milliseconds.
     fn encode_command(&self, thing: &ThingName, command: &Command, now: i64) -> Publication;
@@ -115,12 +118,12 @@ pub trait DeviceProtocol: Send + Sync {
     ) -> Publication;
 }
 
-/// The protocol and thing that a topic of a device's report belongs to.
-pub fn protocol_of_topic(topic: &str) -> Result<(ProtocolName, ThingName), DecodeError> {
-    ProtocolName::ALL
-        .into_iter()
-        .find_map(|name| Some((name, name.encoding().thing_of_report(topic)?)))
-        .ok_or_else(|| DecodeError::UnknownTopic(topic.to_owned()))
+/// The protocol and thing that a device's report belongs to, by its topic and the MQTT client that published it.
+pub fn protocol_of_topic(topic: &str, client: &str) -> Result<(ProtocolName, ThingName), DecodeError> {
+    let found =
+        ProtocolName::ALL.into_iter().find_map(|name| Some((name, name.encoding().thing_of_report(topic, client)?)));
+    let (name, thing) = found.ok_or_else(|| DecodeError::UnknownTopic(topic.to_owned()))?;
+    Ok((name, thing?))
 }
 
 /// The thing between a topic's prefix and suffix.
@@ -140,10 +143,10 @@ impl<'de> Deserialize<'de> for ErrorBody {
         let text = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
         Ok(match Value::deserialize(deserializer)? {
             Value::Object(fields) => Self {
-                code: fields.get("code").map(text).unwrap_or_default(),
-                message: fields.get("message").map(text).unwrap_or_default(),
+                code: redacted(&fields.get("code").map(text).unwrap_or_default()),
+                message: redacted(&fields.get("message").map(text).unwrap_or_default()),
             },
-            other => Self { code: text(&other), message: String::new() },
+            other => Self { code: redacted(&text(&other)), message: String::new() },
         })
     }
 }
@@ -158,7 +161,8 @@ impl std::fmt::Display for ErrorBody {
 }
 
 /// A report that a step has failed.
-pub(crate) fn failed(step: Step, operation_id: OperationId, code: String, message: String) -> Report {
-    let outcome = crate::StepOutcome::Failed(crate::DeviceFailure { code, message });
+pub(crate) fn failed(step: Step, operation_id: OperationId, code: &str, message: &str) -> Report {
+    let failure = crate::DeviceFailure { code: redacted(code), message: redacted(message) };
+    let outcome = crate::StepOutcome::Failed(failure);
     Report::Response(Response { operation_id, step, outcome })
 }

@@ -4,7 +4,7 @@ use crate::device::{ErrorBody, failed, thing_between};
 use crate::limits;
 use crate::{
     Command, DecodeError, DeviceEvent, DeviceProtocol, Firmware, OperationId, Publication, Received, ReceivedCommand,
-    ReplyTo, Report, Response, Step, StepOutcome, ThingName,
+    ReplyTo, Report, Response, Step, StepOutcome, ThingName, reported_version,
 };
 use serde::{Deserialize, Serialize};
 
@@ -60,14 +60,21 @@ struct Answer {
 }
 
 impl Answer {
+    /// The version that the device runs, if this is about a boot.
+    fn runs(&self) -> Option<String> {
+        let version = self.firmware_version.as_deref().filter(|_| self.name == Step::DeviceRebooted);
+        version.and_then(reported_version)
+    }
+
     fn into_report(self) -> Result<Report, DecodeError> {
+        let firmware_version = self.firmware_version.as_deref().and_then(reported_version);
         if self.progress.is_some_and(|progress| progress > 100) {
             return Err(DecodeError::malformed("progress", "expected 0 to 100"));
         }
         let Some(operation_id) = self.operation_id else {
             let event = match (self.name, self.status) {
                 (Step::DeviceRebooted, Status::Success) => {
-                    DeviceEvent::Booted { cause: "Reboot".to_owned(), firmware_version: self.firmware_version }
+                    DeviceEvent::Booted { cause: "Reboot".to_owned(), firmware_version }
                 }
                 (step, _) => {
                     return Err(DecodeError::malformed("operationId", format!("{} needs one", step.name())));
@@ -76,11 +83,11 @@ impl Answer {
             return Ok(Report::Event(event));
         };
         let outcome = match self.status {
-            Status::Success => StepOutcome::Succeeded { firmware_version: self.firmware_version },
+            Status::Success => StepOutcome::Succeeded { firmware_version },
             Status::InProgress => StepOutcome::InProgress { progress: self.progress },
             Status::Fail => {
                 let error = self.error.unwrap_or(ErrorBody { code: String::new(), message: String::new() });
-                return Ok(failed(self.name, operation_id, error.code, error.message));
+                return Ok(failed(self.name, operation_id, &error.code, &error.message));
             }
         };
         Ok(Report::Response(Response { operation_id, step: self.name, outcome }))
@@ -88,8 +95,8 @@ impl Answer {
 }
 
 impl DeviceProtocol for Json {
-    fn thing_of_report(&self, topic: &str) -> Option<ThingName> {
-        thing_between(topic, "devices/", "/firmware_resp")
+    fn thing_of_report(&self, topic: &str, _: &str) -> Option<Result<ThingName, DecodeError>> {
+        thing_between(topic, "devices/", "/firmware_resp").map(Ok)
     }
 
     fn encode_command(&self, thing: &ThingName, command: &Command, now: i64) -> Publication {
@@ -104,7 +111,8 @@ impl DeviceProtocol for Json {
 
     fn decode_report(&self, _: &ThingName, payload: &[u8]) -> Result<Received, DecodeError> {
         let answer: Answer = limits::json("firmware_resp", payload)?;
-        Ok(Received { report: answer.into_report()?, acknowledgement: None })
+        let runs = answer.runs();
+        Ok(Received { report: answer.into_report()?, runs, acknowledgement: None })
     }
 
     fn command_filter(&self, thing: &ThingName) -> String {

@@ -16,6 +16,7 @@ mod presence;
 pub mod recovery;
 pub mod settings;
 pub mod telemetry;
+mod text;
 mod usp;
 
 pub use device::{
@@ -28,6 +29,7 @@ pub use ids::{
 pub use limits::{MAX_JSON_DEPTH, MAX_PAYLOAD_BYTES, check_depth, check_object};
 pub use operation::{Command, DeviceEvent, DeviceFailure, Firmware, Report, Response, Step, StepOutcome};
 pub use presence::{Presence, PresenceEvent, PresenceKind};
+pub use text::{redacted, reported_version};
 
 /// How a device encodes its messages: the value of the job document's and the thing attribute's `protocol`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]

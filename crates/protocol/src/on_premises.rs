@@ -4,7 +4,7 @@
 //! claim a job before they run it, so that of several only one does, and hold that claim (the lease) while they run it;
 //! the cloud answers them on a topic of their own, `{tenant}/to/worker/{worker}`, which plain workers do not listen to.
 
-use crate::{DecodeError, HandlerName, Publication, Tenant, WorkerName, limits};
+use crate::{DecodeError, HandlerName, Publication, Tenant, WorkerName, limits, redacted};
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -237,7 +237,10 @@ impl WorkerMessage {
             (Some(Action::Upload), ..) => {
                 Ok(Self::Upload { lease: lease()?, request: request()?, bytes: bytes.ok_or_else(|| missing("bytes"))? })
             }
-            (None, Some(exception), ..) => Ok(Self::Failed { exception, cause, lease: any_lease()? }),
+            (None, Some(exception), ..) => {
+                let (exception, cause) = (redacted(&exception), cause.as_deref().map(redacted));
+                Ok(Self::Failed { exception, cause, lease: any_lease()? })
+            }
             (None, None, Some(result), _) => {
                 let result = result_bytes.map_or(WorkerResult::Value(result), |bytes| WorkerResult::Object { bytes });
                 Ok(Self::Succeeded { result, lease: any_lease()? })

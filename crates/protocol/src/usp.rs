@@ -4,7 +4,7 @@ use crate::device::{failed, thing_between};
 use crate::limits;
 use crate::{
     Command, DecodeError, DeviceEvent, DeviceProtocol, Firmware, OperationId, Publication, Received, ReceivedCommand,
-    ReplyTo, Report, Response, Step, StepOutcome, ThingName,
+    ReplyTo, Report, Response, Step, StepOutcome, ThingName, redacted, reported_version,
 };
 use percent_encoding::percent_decode_str;
 use rusp_lib::usp::mod_Body::OneOfmsg_body;
@@ -37,9 +37,13 @@ const CANCEL_PREFIX: &str = "cancel/";
 const SIGNATURE_ARG: &str = "X_FLEETFLOW_Signature";
 
 impl DeviceProtocol for Usp {
-    fn thing_of_report(&self, topic: &str) -> Option<ThingName> {
+    fn thing_of_report(&self, topic: &str, client: &str) -> Option<Result<ThingName, DecodeError>> {
+        if topic == reply_topic() {
+            return Some(client.parse().map_err(|error| DecodeError::malformed("client id", error)));
+        }
         let prefix = format!("controllers/{CONTROLLER}/agents/");
-        thing_between(topic, &prefix, "/response").or_else(|| thing_between(topic, &prefix, "/reply"))
+        // Commands that were sent before this version asked for answers on `agents/{thing}/reply`.
+        thing_between(topic, &prefix, "/response").or_else(|| thing_between(topic, &prefix, "/reply")).map(Ok)
     }
 
     fn encode_command(&self, thing: &ThingName, command: &Command, _: i64) -> Publication {
@@ -73,16 +77,13 @@ impl DeviceProtocol for Usp {
                     OneOfresp_type::operate_resp(answer) => operate_response(&message_id, answer)?,
                     other => other_event(&other),
                 };
-                Ok(Received { report, acknowledgement: None })
+                Ok(unacknowledged(report))
             }
-            OneOfmsg_body::error(_) if message_id.starts_with(CANCEL_PREFIX) => {
-                Ok(Received { report: cancel_answered(), acknowledgement: None })
-            }
+            OneOfmsg_body::error(_) if message_id.starts_with(CANCEL_PREFIX) => Ok(unacknowledged(cancel_answered())),
             OneOfmsg_body::error(error) => {
                 let operation_id = operation_of_message(&message_id)?;
-                let report =
-                    failed(Step::DownloadStarted, operation_id, error.err_code.to_string(), error.err_msg.clone());
-                Ok(Received { report, acknowledgement: None })
+                let code = error.err_code.to_string();
+                Ok(unacknowledged(failed(Step::DownloadStarted, operation_id, &code, &error.err_msg)))
             }
             OneOfmsg_body::request(request) => match request.req_type {
                 OneOfreq_type::notify(notify) => {
@@ -93,9 +94,10 @@ impl DeviceProtocol for Usp {
                             payload: record(thing.as_str(), CONTROLLER, &message_id, body),
                         }
                     });
-                    Ok(Received { report: notification(notify)?, acknowledgement })
+                    let (report, runs) = notification(notify)?;
+                    Ok(Received { report, runs, acknowledgement })
                 }
-                other => Ok(Received { report: other_event(&other), acknowledgement: None }),
+                other => Ok(unacknowledged(other_event(&other))),
             },
             OneOfmsg_body::None => Err(DecodeError::malformed("USP message", "it has no body")),
         }
@@ -206,10 +208,15 @@ impl DeviceProtocol for Usp {
     }
 }
 
-/// The reply topic carries the thing, so that a rule and the device's policy can cover it.
+/// Where devices answer commands. It does not name the thing, which the rule knows by the client that answers: so a request's
+/// topic names the thing once, and has at most 256 bytes and 7 slashes, whatever the thing is called and however often the
+/// reply topic in it is decoded on the way (<https://docs.aws.amazon.com/general/latest/gr/iot-core.html>).
+fn reply_topic() -> String {
+    format!("controllers/{CONTROLLER}/reply")
+}
+
 fn request_topic(thing: &ThingName) -> String {
-    let reply = format!("controllers/{CONTROLLER}/agents/{thing}/reply").replace('/', "%2F");
-    format!("agents/{thing}/usp/request/reply-to={reply}")
+    format!("agents/{thing}/usp/request/reply-to={}", reply_topic().replace('/', "%2F"))
 }
 
 fn decode(payload: &[u8]) -> Result<(String, Msg), DecodeError> {
@@ -251,6 +258,10 @@ impl fmt::Write for FirstWord {
     }
 }
 
+fn unacknowledged(report: Report) -> Received {
+    Received { report, runs: None, acknowledgement: None }
+}
+
 fn other_event(message: &impl fmt::Debug) -> Report {
     let mut name = FirstWord(String::new());
     // It stops after the first word, by an error.
@@ -273,7 +284,7 @@ fn operate_response(message_id: &str, answer: rusp_lib::usp::OperateResp) -> Res
     };
     match result.operation_resp {
         Acceptance::cmd_failure(failure) => {
-            Ok(failed(Step::DownloadStarted, operation_id, failure.err_code.to_string(), failure.err_msg.clone()))
+            Ok(failed(Step::DownloadStarted, operation_id, &failure.err_code.to_string(), &failure.err_msg))
         }
         Acceptance::req_obj_path(_) | Acceptance::req_output_args(_) | Acceptance::None => {
             Ok(succeeded(Step::DownloadStarted, operation_id, None))
@@ -285,32 +296,38 @@ fn succeeded(step: Step, operation_id: OperationId, firmware_version: Option<Str
     Report::Response(Response { operation_id, step, outcome: StepOutcome::Succeeded { firmware_version } })
 }
 
-fn notification(notify: Notify) -> Result<Report, DecodeError> {
-    match notify.notification {
+/// What is notified, and the version that the device runs, if that is a boot.
+fn notification(notify: Notify) -> Result<(Report, Option<String>), DecodeError> {
+    let report = match notify.notification {
         OneOfnotification::event(event) => {
             let params: HashMap<String, String> = event.params.into_iter().collect();
             match event.event_name.as_str() {
-                "TransferComplete!" => transfer_report(&params),
-                "Boot!" => boot_report(&params),
-                other => Ok(Report::Event(DeviceEvent::Other { name: other.to_owned() })),
+                "TransferComplete!" => transfer_report(&params)?,
+                "Boot!" => {
+                    let version = booted_version(&params);
+                    return Ok((boot_report(&params, version.clone())?, version));
+                }
+                other => other_named(other),
             }
         }
         OneOfnotification::oper_complete(done) if done.command_name == "Download()" => {
             let operation_id = operation_id(&done.command_key)?;
-            Ok(match done.operation_resp {
+            match done.operation_resp {
                 // A known agent sends both members of the oneof: the failure counts, and it is the last.
-                Completion::cmd_failure(failure) => failed(
-                    Step::DownloadOperationDone,
-                    operation_id,
-                    failure.err_code.to_string(),
-                    failure.err_msg.clone(),
-                ),
+                Completion::cmd_failure(failure) => {
+                    failed(Step::DownloadOperationDone, operation_id, &failure.err_code.to_string(), &failure.err_msg)
+                }
                 _ => succeeded(Step::DownloadOperationDone, operation_id, None),
-            })
+            }
         }
-        OneOfnotification::oper_complete(done) => Ok(Report::Event(DeviceEvent::Other { name: done.command_name })),
-        other => Ok(other_event(&other)),
-    }
+        OneOfnotification::oper_complete(done) => other_named(&done.command_name),
+        other => other_event(&other),
+    };
+    Ok((report, None))
+}
+
+fn other_named(name: &str) -> Report {
+    Report::Event(DeviceEvent::Other { name: redacted(name) })
 }
 
 fn param<'a>(params: &'a HashMap<String, String>, name: &str) -> Result<&'a str, DecodeError> {
@@ -323,19 +340,21 @@ fn transfer_report(params: &HashMap<String, String>) -> Result<Report, DecodeErr
     if code == "0" {
         return Ok(succeeded(Step::FirmwareTransferred, operation_id, None));
     }
-    let message = params.get("FaultString").cloned().unwrap_or_default();
-    Ok(failed(Step::FirmwareTransferred, operation_id, code.to_owned(), message))
+    let message = params.get("FaultString").map(String::as_str).unwrap_or_default();
+    Ok(failed(Step::FirmwareTransferred, operation_id, code, message))
 }
 
-fn boot_report(params: &HashMap<String, String>) -> Result<Report, DecodeError> {
-    let key = params.get("CommandKey").map(String::as_str).unwrap_or_default();
-    // A failed boot is known to come with a broken map: its version is lost, the failure is not.
-    let map = params.get("ParameterMap").map(String::as_str).unwrap_or_default();
-    let version = limits::json::<serde_json::Value>("ParameterMap", map.as_bytes())
-        .ok()
-        .and_then(|map| map.get(SOFTWARE_VERSION)?.as_str().map(str::to_owned));
+/// A failed boot is known to come with a broken map: its version is lost, the failure is not.
+fn booted_version(params: &HashMap<String, String>) -> Option<String> {
+    let map = limits::json::<serde_json::Value>("ParameterMap", params.get("ParameterMap")?.as_bytes()).ok()?;
+    reported_version(map.get(SOFTWARE_VERSION)?.as_str()?)
+}
+
+fn boot_report(params: &HashMap<String, String>, version: Option<String>) -> Result<Report, DecodeError> {
+    let text = |name: &str| params.get(name).map(String::as_str).unwrap_or_default();
+    let key = text("CommandKey");
     if matches!(key, "" | "FirstBoot") {
-        let cause = if key.is_empty() { params.get("Cause").cloned().unwrap_or_default() } else { key.to_owned() };
+        let cause = redacted(if key.is_empty() { text("Cause") } else { key });
         return Ok(Report::Event(DeviceEvent::Booted { cause, firmware_version: version }));
     }
     let operation_id = operation_id(key)?;
@@ -345,10 +364,10 @@ fn boot_report(params: &HashMap<String, String>) -> Result<Report, DecodeError> 
             let message = match version {
                 Some(version) => format!("the device booted its old image and runs {version}"),
                 None => {
-                    format!("the device booted its old image; ParameterMap cannot be read: {map}")
+                    format!("the device booted its old image; ParameterMap cannot be read: {}", text("ParameterMap"))
                 }
             };
-            Ok(failed(Step::DeviceRebooted, operation_id, "FirmwareNotUpdated".into(), message))
+            Ok(failed(Step::DeviceRebooted, operation_id, "FirmwareNotUpdated", &message))
         }
         other => Err(DecodeError::malformed("FirmwareUpdated", format!("{other:?}: expected \"true\" or \"false\""))),
     }
@@ -380,7 +399,7 @@ fn firmware(operate: Operate) -> Result<Firmware, DecodeError> {
     let mut args: HashMap<String, String> = operate.input_args.into_iter().collect();
     let url = args.remove("URL").ok_or_else(|| DecodeError::malformed("URL", "missing"))?;
     let path = url.split(['?', '#']).next().unwrap_or_default();
-    let version = path.rsplit('/').next().unwrap_or_default().to_owned();
+    let version = reported_version(path.rsplit('/').next().unwrap_or_default()).unwrap_or_default();
     let size = match args.remove("FileSize") {
         Some(text) => Some(text.parse().map_err(|error| DecodeError::malformed("FileSize", error))?),
         None => None,

@@ -55,7 +55,7 @@ fn an_answer_arrives_as_it_was_given_and_on_a_topic_that_names_its_thing() {
             for outcome in [StepOutcome::Succeeded { firmware_version: version }, failure.clone()] {
                 let response = Response { operation_id: operation(), step, outcome };
                 let sent = protocol.encoding().encode_response(&thing(), &response, &received.reply_to, 1).unwrap();
-                assert_eq!(protocol_of_topic(&sent.topic).unwrap(), (protocol, thing()));
+                assert_eq!(protocol_of_topic(&sent.topic, thing().as_str()).unwrap(), (protocol, thing()));
                 let report = protocol.encoding().decode_report(&thing(), &sent.payload).unwrap().report;
                 match report {
                     Report::Response(got) if matches!(response.outcome, StepOutcome::Failed(_)) => {
@@ -67,6 +67,104 @@ fn an_answer_arrives_as_it_was_given_and_on_a_topic_that_names_its_thing() {
             }
         }
     }
+}
+
+/// Limits of AWS IoT: a topic has 256 bytes and 7 slashes at most, a thing's name 128 characters
+/// (<https://docs.aws.amazon.com/general/latest/gr/iot-core.html>). A topic that is published over HTTPS is percent-encoded on
+/// the way, and no document says how often it is decoded.
+#[test]
+fn commands_reach_things_with_names_of_any_length_however_often_the_topic_is_decoded() {
+    let decoded = |topic: &str| percent_encoding::percent_decode_str(topic).decode_utf8().unwrap().into_owned();
+    for (length, protocol) in (1..=128).flat_map(|length| ProtocolName::ALL.map(|protocol| (length, protocol))) {
+        let thing: ThingName = "L".repeat(length).parse().unwrap();
+        let encoding = protocol.encoding();
+        let download = Command::Download { operation_id: operation(), firmware: firmware() };
+        for command in [download, Command::CancelDownload { operation_id: operation() }] {
+            let sent = encoding.encode_command(&thing, &command, 1);
+            let filter = encoding.command_filter(&thing);
+            for topic in [sent.topic.clone(), decoded(&sent.topic), decoded(&decoded(&sent.topic))] {
+                assert!(topic.len() <= 256 && topic.matches('/').count() <= 7, "{topic}");
+                assert!(filter == topic || topic.starts_with(filter.strip_suffix('#').unwrap()), "{topic}");
+                let received = encoding.decode_command(&topic, &sent.payload).unwrap().unwrap();
+                let outcome = StepOutcome::Succeeded { firmware_version: None };
+                let answer = Response { operation_id: operation(), step: Step::DownloadStarted, outcome };
+                let answer = encoding.encode_response(&thing, &answer, &received.reply_to, 1).unwrap();
+                assert!(answer.topic.len() <= 256 && answer.topic.matches('/').count() <= 7, "{}", answer.topic);
+                assert_eq!(protocol_of_topic(&answer.topic, thing.as_str()).unwrap(), (protocol, thing.clone()));
+            }
+        }
+    }
+}
+
+#[test]
+fn whose_answer_it_is_the_client_tells_where_the_topic_does_not() {
+    let of = |topic: &str, client: &str| {
+        protocol_of_topic(topic, client)
+            .map(|(name, thing)| (name, thing.to_string()))
+            .map_err(|error| error.to_string())
+    };
+    let ours = |thing: &str| Ok((ProtocolName::Usp, thing.to_owned()));
+    let reply = "controllers/self::aws-dm-controller/reply";
+    assert_eq!(of(reply, "gateway-1"), ours("gateway-1"));
+    assert_eq!(
+        of(reply, "n/a").unwrap_err(),
+        "client id: \"n/a\" is no thing name: expected 1 to 128 characters of a-z A-Z 0-9 : _ -"
+    );
+    // What answers a command of an earlier version names its thing in the topic, and a device may use no other's.
+    for end in ["reply", "response"] {
+        assert_eq!(
+            of(&format!("controllers/self::aws-dm-controller/agents/gateway-1/{end}"), "n/a"),
+            ours("gateway-1")
+        );
+    }
+    assert!(
+        of("controllers/self::aws-dm-controller/gateway-1", "gateway-1").unwrap_err().contains("no device protocol")
+    );
+}
+
+/// What the reference agent does with a presigned address: the last segment, query included, is its version, and the address
+/// is repeated in whatever goes wrong.
+#[test]
+fn of_a_presigned_address_the_version_is_taken_and_the_signature_is_not_repeated() {
+    let url = "https://b.example.com/firmware/1.2.3?x-id=GetObject&X-Amz-Credential=SECRET&X-Amz-Signature=SECRET";
+    for protocol in ProtocolName::ALL {
+        let encoding = protocol.encoding();
+        let read = |step, outcome| {
+            let response = Response { operation_id: operation(), step, outcome };
+            let reply_to = ReplyTo { message_id: operation().to_string(), ..ReplyTo::default() };
+            let sent = encoding.encode_response(&thing(), &response, &reply_to, 1).unwrap();
+            encoding.decode_report(&thing(), &sent.payload).unwrap()
+        };
+        let version = url.rsplit_once('/').unwrap().1;
+        let booted = read(Step::DeviceRebooted, StepOutcome::Succeeded { firmware_version: Some(version.into()) });
+        assert_eq!(booted.runs.as_deref(), Some("1.2.3"), "{protocol}");
+        let Report::Response(Response { outcome: StepOutcome::Succeeded { firmware_version }, .. }) = booted.report
+        else {
+            panic!("{protocol}")
+        };
+        assert_eq!(firmware_version.as_deref(), Some("1.2.3"), "{protocol}");
+        let sent = encoding.encode_boot(&thing(), version, 1);
+        let unasked = encoding.decode_report(&thing(), &sent.payload).unwrap();
+        assert_eq!(unasked.runs.as_deref(), Some("1.2.3"), "{protocol}");
+        for step in [Step::DownloadStarted, Step::FirmwareTransferred, Step::DownloadOperationDone] {
+            let failure = DeviceFailure { code: "7".into(), message: format!("cannot get {url}") };
+            let failed = format!("{:?}", read(step, StepOutcome::Failed(failure)));
+            assert!(failed.contains("cannot get https://b.example.com/firmware/1.2.3?…"), "{failed}");
+            assert!(!failed.contains("SECRET"), "{failed}");
+        }
+    }
+    let json = |text: &str| ProtocolName::Json.encoding().decode_report(&thing(), text.as_bytes());
+    for odd in [
+        format!(r#"{{"operationId":"a-1","name":"{url}","status":"SUCCESS"}}"#),
+        format!(r#"{{"operationId":"{url}"}}"#),
+    ] {
+        let error = json(&odd).unwrap_err().to_string();
+        assert!(error.contains("firmware/1.2.3") && !error.contains("SECRET"), "{error}");
+    }
+    let failed = r#"{"operationId":"a-1","name":"DEVICE_REBOOTED","status":"FAIL","firmwareVersion":"1.0.0"}"#;
+    assert_eq!(json(failed).unwrap().runs.as_deref(), Some("1.0.0"), "what runs is told by a failed boot too");
+    let other = r#"{"operationId":"a-1","name":"DOWNLOAD_STARTED","status":"SUCCESS","firmwareVersion":"1.0.0"}"#;
+    assert_eq!(json(other).unwrap().runs, None, "only a boot tells what runs");
 }
 
 #[test]

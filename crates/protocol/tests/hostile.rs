@@ -210,7 +210,7 @@ fn a_time_at_the_end_of_the_numbers_is_only_an_old_or_a_new_one() {
 proptest! {
     #[test]
     fn no_bytes_make_a_decoder_panic(bytes in proptest::collection::vec(any::<u8>(), 0..512), topic in ".{0,64}") {
-        let _ = protocol::protocol_of_topic(&topic);
+        let _ = protocol::protocol_of_topic(&topic, &topic);
         let _ = protocol::settings::thing_of_response(&topic);
         let _ = protocol::on_premises::tenant_of_answer(&topic);
         let _ = protocol::telemetry::building_of_readings(&topic);

@@ -39,7 +39,7 @@ pub async fn handle(adapters: &Adapters, body: &str) -> Result<(), Error> {
     if let Some(tenant) = tenant_of_answer(&message.topic) {
         return adapters.worker_jobs.hear(&tenant, &message.payload()?).await;
     }
-    let (protocol, thing) = protocol_of_topic(&message.topic)?;
+    let (protocol, thing) = protocol_of_topic(&message.topic, message.sender().unwrap_or("n/a"))?;
     let received = protocol.encoding().decode_report(&thing, &message.payload()?)?;
     match received.report {
         Report::Response(response) => apply(adapters, &thing, response).await?,
