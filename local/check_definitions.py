@@ -15,6 +15,8 @@ import yaml
 from moto.stepfunctions.parser.asl.parse.asl_parser import AmazonStateLanguageParser
 
 PLACEHOLDER = re.compile(r"\$\{([A-Za-z0-9]+)\}")
+# What a placeholder stands for, where a number will not do.
+VALUES = {"Partition": "aws"}
 STATE_MACHINE_TYPES = ("AWS::Serverless::StateMachine", "AWS::StepFunctions::StateMachine")
 # Fields that take a number or an expression; a heartbeat must be shorter than its time-out.
 NUMBERS = {
@@ -134,7 +136,7 @@ def check(file, root, substitutions):
         yield "no state machine of template.yaml has this file as its DefinitionUri"
     else:
         yield from check_placeholders(text, substitutions[name])
-    filled = PLACEHOLDER.sub("1", text)
+    filled = PLACEHOLDER.sub(lambda placeholder: VALUES.get(placeholder[1], "1"), text)
     try:
         definition = json.loads(filled)
     except ValueError as error:

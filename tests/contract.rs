@@ -158,6 +158,28 @@ fn state_machines_go_only_where_there_is_something_and_everywhere_there_is() {
     }
 }
 
+/// In China and in GovCloud, ARNs begin otherwise
+/// (<https://docs.aws.amazon.com/IAM/latest/UserGuide/reference-arns.html>).
+#[test]
+fn no_partition_is_written_down() {
+    for (file, machine) in state_machines() {
+        for (name, state) in machine["States"].as_object().expect("States").iter().filter(|(_, s)| s["Type"] == "Task")
+        {
+            let resource = state["Resource"].as_str().expect("a resource");
+            assert!(resource.starts_with("arn:${Partition}:states:::"), "{file}: {name}: {resource}");
+        }
+    }
+    for (name, machine) in resources("AWS::Serverless::StateMachine") {
+        assert_eq!(machine["Properties"]["DefinitionSubstitutions"]["Partition"], "AWS::Partition", "{name}");
+    }
+    let files = state_machines().into_iter().map(|(file, _)| format!("statemachine/{file}"));
+    for file in files.chain(["template.yaml".to_owned()]) {
+        let text = read(&file);
+        let found = text.lines().find(|line| line.contains("arn:aws"));
+        assert_eq!(found, None, "{file}");
+    }
+}
+
 #[test]
 fn every_task_has_a_deadline_and_a_catch() {
     for (file, machine) in state_machines() {
@@ -504,10 +526,7 @@ fn roles_allow_named_actions_on_named_resources() {
         // Of the bucket's policy: it denies.
         assert!(!action.contains('*') || *action == "s3:*", "{action}");
         // Look-ups are by full key, so their cost does not grow with the fleet.
-        assert!(
-            !["dynamodb:Query", "dynamodb:Scan", "iot:SearchIndex", "iot:DescribeEndpoint"].contains(action),
-            "{action}"
-        );
+        assert!(!["dynamodb:Query", "dynamodb:Scan", "iot:SearchIndex"].contains(action), "{action}");
     }
     let everything = read("template.yaml").lines().filter(|line| line.trim() == "Resource: \"*\"").count();
     assert_eq!(
@@ -553,6 +572,43 @@ fn allowed(function: &str) -> BTreeSet<String> {
         }
     }
     found
+}
+
+/// AWS refuses calls of job executions at the host that the SDK would choose: each function that talks to the broker or to job
+/// executions is told the account's own address, and asks for its client where that is heeded.
+#[test]
+fn who_calls_the_data_planes_of_iot_is_told_where_they_are() {
+    let mut told = BTreeSet::new();
+    for (name, function) in resources("AWS::Serverless::Function") {
+        let actions = allowed(&name);
+        let variables = &function["Properties"]["Environment"]["Variables"];
+        for (prefix, variable, attribute) in [
+            ("iot:Publish ", "IOT_DATA_ENDPOINT", "IotSettings.DataEndpoint"),
+            ("iotjobsdata:", "IOT_JOBS_ENDPOINT", "IotSettings.JobsEndpoint"),
+        ] {
+            if actions.iter().any(|action| action.starts_with(prefix)) {
+                assert_eq!(variables[variable], attribute, "{name}");
+                told.insert(variable);
+            }
+        }
+    }
+    assert_eq!(told, BTreeSet::from(["IOT_DATA_ENDPOINT", "IOT_JOBS_ENDPOINT"]));
+    let asks = |action: &&String| action.starts_with("iot:DescribeEndpoint ");
+    assert_eq!(allowed("ConfigureIotFunction").iter().filter(asks).count(), 1);
+    let mut folders = vec![root().join("crates/fleet/src")];
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).expect("a folder") {
+            let path = entry.expect("a file").path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if !path.ends_with("src/aws.rs") {
+                let source = std::fs::read_to_string(&path).expect("source");
+                for client in ["aws_sdk_iotdataplane::Client::new", "aws_sdk_iotjobsdataplane::Client::new"] {
+                    assert!(!source.contains(client), "{}: {client}", path.display());
+                }
+            }
+        }
+    }
 }
 
 /// Beside each function but those of the firmware upgrade alone stands what its code calls.

@@ -684,7 +684,8 @@ async fn a_remediation_survives_a_death_at_any_point() {
                 (cloud.config.clone(), None),
                 (cloud.config.clone(), None),
             ] {
-                let adapters = remediate::Adapters::new(&config, places.clone(), rules.clone());
+                let mqtt = aws_sdk_iotdataplane::Client::new(&config);
+                let adapters = remediate::Adapters::new(&config, mqtt, places.clone(), rules.clone());
                 let response = remediate::handle(&adapters, event.clone(), time).await;
                 let said: Vec<_> =
                     response.batch_item_failures.iter().map(|failure| failure.item_identifier.as_deref()).collect();
@@ -713,8 +714,8 @@ async fn a_record_that_fails_is_delivered_again_and_the_others_are_done() {
     let time = now();
     let event =
         stream_event(&[(&devices[0], "11"), ("not / a sensor", "12"), (&devices[1], "13")], &own_building(), time);
-    let response =
-        remediate::handle(&remediate::Adapters::new(&cloud.config, places, remediate_rules()), event, time).await;
+    let adapters = remediate::Adapters::new(&cloud.config, cloud.mqtt.clone(), places, remediate_rules());
+    let response = remediate::handle(&adapters, event, time).await;
     let said: Vec<_> = response.batch_item_failures.iter().map(|failure| failure.item_identifier.as_deref()).collect();
     assert_eq!(said, [Some("12")]);
     for device in &devices {

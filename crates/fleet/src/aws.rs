@@ -1,5 +1,6 @@
 //! AWS configuration and values, once for every binary.
 
+use crate::config;
 use aws_config::{BehaviorVersion, SdkConfig};
 use aws_sdk_dynamodb::types::AttributeValue;
 use aws_smithy_http_client::{
@@ -20,15 +21,35 @@ pub async fn load() -> SdkConfig {
 /// Whose certificates are believed. The system's authorities, of whom there are hundreds, took most of a function's start to read;
 /// they are read where others than Amazon sign: `SSL_CERT_FILE` says so, or the Region is of a partition apart.
 fn tls() -> TlsContext {
-    let region = crate::config::optional("AWS_REGION").unwrap_or_default();
+    let region = config::optional("AWS_REGION").unwrap_or_default();
     let is_apart = region.starts_with("cn-") || region.starts_with("eusc-") || region.contains("-iso");
-    let roots = if is_apart || crate::config::optional("SSL_CERT_FILE").is_some() {
+    let roots = if is_apart || config::optional("SSL_CERT_FILE").is_some() {
         TrustStore::default()
     } else {
         TrustStore::empty().with_pem_certificate(AMAZON_ROOTS)
     };
     // It fails for s2n-tls only.
     TlsContext::builder().with_trust_store(roots).build().unwrap_or_default()
+}
+
+/// A client of the account's broker. Fails with a sentence if the function does not know its address.
+pub fn iot_data_client(aws: &SdkConfig) -> Result<aws_sdk_iotdataplane::Client, String> {
+    Ok(aws_sdk_iotdataplane::Client::new(&at(aws, &config::required("IOT_DATA_ENDPOINT")?)))
+}
+
+/// A client of the account's job executions. AWS refuses such calls where the SDK would send them: "Invalid endpoint. Use
+/// describe-endpoint API" (<https://github.com/aws/aws-sdk-js-v3/issues/5533>).
+pub fn jobs_data_client(aws: &SdkConfig) -> Result<aws_sdk_iotjobsdataplane::Client, String> {
+    Ok(aws_sdk_iotjobsdataplane::Client::new(&at(aws, &config::required("IOT_JOBS_ENDPOINT")?)))
+}
+
+/// The configuration for calls to a host of the account's own, unless the environment names another endpoint: that of the local
+/// cloud. The form for one service, such as `AWS_ENDPOINT_URL_IOT_DATA_PLANE`, wins over any other that is kept here.
+fn at(aws: &SdkConfig, host: &str) -> SdkConfig {
+    match aws.endpoint_url() {
+        Some(_) => aws.clone(),
+        None => aws.to_builder().endpoint_url(format!("https://{host}")).build(),
+    }
 }
 
 /// A text as DynamoDB has it.
@@ -50,4 +71,41 @@ pub(crate) fn now_seconds() -> i64 {
 pub fn now_millis() -> i64 {
     let since_epoch = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     since_epoch.map_or(0, |elapsed| i64::try_from(elapsed.as_millis()).unwrap_or(i64::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use aws_config::Region;
+    use aws_sdk_iotdataplane::config::{Credentials, SharedCredentialsProvider};
+    use aws_smithy_http_client::test_util::capture_request;
+
+    /// Where calls to the account's own host go, of job executions and of the broker.
+    async fn hosts(endpoint: Option<&str>) -> [String; 2] {
+        let called = async |data: bool| {
+            let (http, requests) = capture_request(None);
+            let mut aws = SdkConfig::builder().behavior_version(BehaviorVersion::latest()).http_client(http);
+            aws.set_endpoint_url(endpoint.map(str::to_owned));
+            let aws = aws
+                .region(Region::from_static("eu-west-1"))
+                .credentials_provider(SharedCredentialsProvider::new(Credentials::for_tests()))
+                .build();
+            let aws = at(&aws, "a1b2-ats.iot.eu-west-1.amazonaws.com");
+            if data {
+                let _ = aws_sdk_iotdataplane::Client::new(&aws).publish().topic("t").send().await;
+            } else {
+                let jobs = aws_sdk_iotjobsdataplane::Client::new(&aws);
+                let _ = jobs.describe_job_execution().thing_name("t").job_id("j").send().await;
+            }
+            let uri = requests.expect_request().uri().to_owned();
+            uri.split_once("/t").map_or(uri.clone(), |(host, _)| host.to_owned())
+        };
+        [called(false).await, called(true).await]
+    }
+
+    #[tokio::test]
+    async fn iot_is_called_at_the_account_s_own_address_unless_the_environment_says_otherwise() {
+        assert_eq!(hosts(None).await, ["https://a1b2-ats.iot.eu-west-1.amazonaws.com"; 2]);
+        assert_eq!(hosts(Some("http://127.0.0.1:4566")).await, ["http://127.0.0.1:4566"; 2]);
+    }
 }

@@ -9,7 +9,7 @@ async fn main() -> Result<(), lambda_runtime::Error> {
     let (adapters, dead_letters) = &lambda::configured(async {
         let aws = aws::load().await;
         Ok((
-            Adapters::new(&aws, Places::from_environment()?, Rules::from_environment()?),
+            Adapters::new(&aws, aws::iot_data_client(&aws)?, Places::from_environment()?, Rules::from_environment()?),
             DeadLetters::from_environment(&aws)?,
         ))
     })

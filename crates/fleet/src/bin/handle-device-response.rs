@@ -13,7 +13,7 @@ async fn main() -> Result<(), lambda_runtime::Error> {
                 settings: SettingsTable::from_environment(&aws)?,
                 sns: aws_sdk_sns::Client::new(&aws),
                 events_topic_arn: config::required("EVENTS_TOPIC_ARN")?,
-                mqtt: aws_sdk_iotdataplane::Client::new(&aws),
+                mqtt: aws::iot_data_client(&aws)?,
                 worker_jobs: WorkerJobs::from_environment(&aws)?,
             },
             DeadLetters::from_environment(&aws)?,

@@ -10,7 +10,7 @@ async fn main() -> Result<(), lambda_runtime::Error> {
         Ok(publish_to_device::Adapters {
             rendezvous: Rendezvous::new(&aws, config::required("RENDEZVOUS_TABLE")?),
             settings: SettingsTable::from_environment(&aws)?,
-            mqtt: aws_sdk_iotdataplane::Client::new(&aws),
+            mqtt: aws::iot_data_client(&aws)?,
             s3: aws_sdk_s3::Client::new(&aws),
             firmware_bucket: config::required("FIRMWARE_BUCKET")?,
             worker_jobs: WorkerJobs::from_environment(&aws)?,

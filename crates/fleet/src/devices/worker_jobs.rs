@@ -114,11 +114,11 @@ fn input_key(tenant: &Tenant, operation: &OperationId) -> String {
 impl WorkerJobs {
     /// The jobs that the environment names.
     pub fn from_environment(aws: &aws_config::SdkConfig) -> Result<Self, String> {
-        Ok(Self::new(aws, Limits::from_environment()?))
+        Ok(Self::new(aws, crate::aws::iot_data_client(aws)?, Limits::from_environment()?))
     }
 
     /// The jobs of that table.
-    pub fn new(aws: &aws_config::SdkConfig, limits: Limits) -> Self {
+    pub fn new(aws: &aws_config::SdkConfig, mqtt: aws_sdk_iotdataplane::Client, limits: Limits) -> Self {
         // A checksum of what is signed would be one of nothing: the worker has the bytes.
         let s3 = aws_sdk_s3::config::Builder::from(aws)
             .request_checksum_calculation(RequestChecksumCalculation::WhenRequired)
@@ -126,7 +126,7 @@ impl WorkerJobs {
         Self {
             table: ItemTable::new(aws, limits.table.clone()),
             tasks: Tasks::new(aws),
-            mqtt: aws_sdk_iotdataplane::Client::new(aws),
+            mqtt,
             s3: aws_sdk_s3::Client::from_conf(s3),
             limits,
         }

@@ -67,13 +67,13 @@ impl Places {
 
 impl Adapters {
     /// Follows readings by these rules.
-    pub fn new(aws: &aws_config::SdkConfig, places: Places, rules: Rules) -> Self {
+    pub fn new(aws: &aws_config::SdkConfig, mqtt: aws_sdk_iotdataplane::Client, places: Places, rules: Rules) -> Self {
         Self {
             rules,
             climates: ItemTable::new(aws, places.climates_table.clone()),
             dynamodb: aws_sdk_dynamodb::Client::new(aws),
             sqs: aws_sdk_sqs::Client::new(aws),
-            mqtt: aws_sdk_iotdataplane::Client::new(aws),
+            mqtt,
             sns: aws_sdk_sns::Client::new(aws),
             metrics: Metrics::new(aws),
             dead_letters: DeadLetters::new(aws, places.dead_letter_queue_url.clone()),

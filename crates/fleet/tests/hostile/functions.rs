@@ -110,9 +110,9 @@ impl Functions {
             lease: 1000,
             max_result_bytes: 1_000_000,
         };
-        let worker_jobs = WorkerJobs::new(aws, limits);
         let (iot, s3) = (aws_sdk_iot::Client::new(aws), aws_sdk_s3::Client::new(aws));
         let mqtt = aws_sdk_iotdataplane::Client::new(aws);
+        let worker_jobs = WorkerJobs::new(aws, mqtt.clone(), limits);
         let registry = Registry { iot: iot.clone(), table: RecoveryTable::new(aws, text()) };
         Self {
             presence: presence::Adapters {
@@ -139,7 +139,7 @@ impl Functions {
             registry: registry.clone(),
             job_updates: aws_sdk_iotjobsdataplane::Client::new(aws),
             telemetry: ingest_telemetry::Adapters::new(aws, readings()),
-            remedies: remediate::Adapters::new(aws, remedies(), rules()),
+            remedies: remediate::Adapters::new(aws, mqtt.clone(), remedies(), rules()),
             jobs: create_job::Adapters {
                 iot,
                 s3: s3.clone(),
