@@ -611,6 +611,24 @@ fn who_calls_the_data_planes_of_iot_is_told_where_they_are() {
     }
 }
 
+/// Whoever writes an item says when it may go.
+#[test]
+fn no_table_keeps_its_items_for_ever() {
+    for (name, table) in resources("AWS::DynamoDB::Table") {
+        let expected = serde_json::json!({"AttributeName": "expiresAt", "Enabled": true});
+        assert_eq!(table["Properties"]["TimeToLiveSpecification"], expected, "{name}");
+    }
+}
+
+/// Every client that must not connect has an event, each time that it tries
+/// (<https://docs.aws.amazon.com/iot/latest/developerguide/life-cycle-events.html>).
+#[test]
+fn refused_connections_are_not_sent_on() {
+    let rule = &resources("AWS::IoT::TopicRule")["PresenceRule"]["Properties"]["TopicRulePayload"];
+    let sql = rule["Sql"].as_str().unwrap_or_default();
+    assert!(sql.ends_with(" WHERE eventType = 'connected' OR eventType = 'disconnected'"), "{sql}");
+}
+
 /// Beside each function but those of the firmware upgrade alone stands what its code calls.
 #[test]
 fn a_role_allows_what_its_function_calls_and_nothing_else() {

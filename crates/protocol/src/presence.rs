@@ -1,6 +1,7 @@
 //! What the broker says about connections (<https://docs.aws.amazon.com/iot/latest/developerguide/life-cycle-events.html>).
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 /// Connected or not.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -49,6 +50,16 @@ pub struct Presence {
 const RESTART_AFTER_MS: i64 = 30 * 60 * 1000;
 
 impl PresenceEvent {
+    /// Reads an event; none if it tells neither of a connection that has opened nor of one that is gone. Such are refused
+    /// connections (`connect_failed`, whose events have no `versionNumber`), and whatever AWS may add.
+    pub fn read(event: Value) -> serde_json::Result<Option<Self>> {
+        let kind = event.get("eventType").filter(|kind| kind.is_string());
+        if kind.is_some_and(|kind| PresenceKind::deserialize(kind).is_err()) {
+            return Ok(None);
+        }
+        serde_json::from_value(event).map(Some)
+    }
+
     /// Whether this event tells something newer than what is known.
     pub fn supersedes(&self, known: &Presence) -> bool {
         match self.version_number.cmp(&known.version_number) {
@@ -92,6 +103,26 @@ mod tests {
             event_type: kind,
             session_identifier: session.into(),
             version_number: version,
+        }
+    }
+
+    #[test]
+    fn what_tells_of_no_connection_is_no_event_and_no_error() {
+        let refused = serde_json::json!({
+            "clientId": "gateway-7", "timestamp": 1_796_028_400_000_i64, "eventType": "connect_failed",
+            "connectFailureReason": "AUTHORIZATION_FAILED", "principalIdentifier": "0123456789abcdef",
+            "sessionIdentifier": "00000000-0000-0000-0000-000000000000", "ipAddress": "192.0.2.1",
+        });
+        assert_eq!(PresenceEvent::read(refused).unwrap(), None);
+        assert_eq!(PresenceEvent::read(serde_json::json!({"eventType": "of the future"})).unwrap(), None);
+        let console = serde_json::json!({
+            "clientId": "iotconsole-4b0d04fe-a776-472a-9121-000000000000", "timestamp": 1, "eventType": "connected",
+            "sessionIdentifier": "s", "principalIdentifier": "AROAXXXXXXXXXXXXXXXXX:someone", "ipAddress": "192.0.2.1",
+            "versionNumber": 0,
+        });
+        assert_eq!(PresenceEvent::read(console).unwrap().unwrap().event_type, PresenceKind::Connected);
+        for broken in [serde_json::json!({"eventType": "connected"}), serde_json::json!({"eventType": 7}), 7.into()] {
+            assert!(PresenceEvent::read(broken.clone()).is_err(), "{broken}");
         }
     }
 

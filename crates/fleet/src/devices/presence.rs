@@ -1,6 +1,6 @@
 //! Which devices have a connection, and the workflows that wait for one.
 
-use crate::aws::text;
+use crate::aws::{now_seconds, number, text};
 use crate::error::{aws, code};
 use crate::queue::{MqttMessage, Queue};
 use crate::workflows::rendezvous::{Answer, Operation, Rendezvous, Wait};
@@ -9,6 +9,13 @@ use aws_sdk_dynamodb::types::{AttributeValue, ReturnValue};
 use protocol::{OperationId, Presence, PresenceEvent, PresenceKind, Step, ThingName};
 use serde::Deserialize;
 use std::collections::HashMap;
+
+/// How long an item is kept after a connection was opened, in seconds. Of a thing that stays connected for longer, fleet indexing
+/// is asked.
+const KEEP_CONNECTED_SECONDS: i64 = 90 * 24 * 3600;
+/// How long it is kept after any other write: longer than a workflow can wait for the device (two weeks), and than an event can be
+/// late (four days in the queue, and two weeks among the dead letters).
+const KEEP_SECONDS: i64 = 30 * 24 * 3600;
 
 /// What both handlers reach.
 #[derive(Debug)]
@@ -62,7 +69,14 @@ pub async fn await_device(adapters: &Adapters, input: AwaitInput) -> Result<(), 
 
 /// Handles one queued lifecycle event: records it, wakes whoever waits for the device, and passes a new session on.
 pub async fn track(adapters: &Adapters, body: &str) -> Result<(), Error> {
-    let event: PresenceEvent = MqttMessage::parse(body)?.json()?;
+    let message = MqttMessage::parse(body)?;
+    let event = PresenceEvent::read(message.json()?)
+        .map_err(|error| Error::new(ErrorName::MalformedMessage, format!("{}: {error}", message.topic)))?;
+    // A refused connection, or what AWS has added since: the topic rule leaves them out.
+    let Some(event) = event else {
+        tracing::info!(topic = message.topic, outcome = "IGNORED", "no connection that opens or closes");
+        return Ok(());
+    };
     // Clients that are no things (a person's test client) may have any id.
     let Ok(thing) = event.client_id.parse::<ThingName>() else {
         tracing::info!(client = event.client_id, outcome = "IGNORED", "no thing has this name");
@@ -149,19 +163,21 @@ impl Connections {
             .table_name(&self.table)
             .key("thing", text(thing.as_str()))
             .update_expression(
-                "SET connected = :connected, sessionIdentifier = :session, versionNumber = :version, #at = :at",
+                "SET connected = :connected, sessionIdentifier = :session, versionNumber = :version, #at = :at, \
+                 expiresAt = :expiresAt",
             )
             .expression_attribute_names("#at", "timestamp")
             .expression_attribute_values(":connected", AttributeValue::Bool(presence.connected))
             .expression_attribute_values(":session", text(&presence.session_identifier))
-            .expression_attribute_values(":version", AttributeValue::N(presence.version_number.to_string()))
-            .expression_attribute_values(":at", AttributeValue::N(presence.timestamp.to_string()))
+            .expression_attribute_values(":version", number(presence.version_number))
+            .expression_attribute_values(":at", number(presence.timestamp))
+            .expression_attribute_values(":expiresAt", number(now_seconds() + kept_for(presence)))
             .return_values(ReturnValue::AllNew);
         let request = match known {
             None => request.condition_expression("attribute_not_exists(sessionIdentifier)"),
             Some(known) => request
                 .condition_expression("versionNumber = :knownVersion AND sessionIdentifier = :knownSession AND connected = :knownConnected")
-                .expression_attribute_values(":knownVersion", AttributeValue::N(known.version_number.to_string()))
+                .expression_attribute_values(":knownVersion", number(known.version_number))
                 .expression_attribute_values(":knownSession", text(&known.session_identifier))
                 .expression_attribute_values(":knownConnected", AttributeValue::Bool(known.connected)),
         };
@@ -173,11 +189,11 @@ impl Connections {
     }
 
     async fn note_waiting(&self, operation: &Operation) -> Result<Device, Error> {
-        self.change_waiting(operation, "ADD awaitedBy :operation").await
+        self.change_waiting(operation, "ADD awaitedBy :operation SET expiresAt = :expiresAt").await
     }
 
     async fn forget_waiting(&self, operation: &Operation) -> Result<(), Error> {
-        self.change_waiting(operation, "DELETE awaitedBy :operation").await.map(|_| ())
+        self.change_waiting(operation, "DELETE awaitedBy :operation SET expiresAt = :expiresAt").await.map(|_| ())
     }
 
     async fn change_waiting(&self, operation: &Operation, change: &str) -> Result<Device, Error> {
@@ -188,6 +204,7 @@ impl Connections {
             .key("thing", text(operation.thing.as_str()))
             .update_expression(change)
             .expression_attribute_values(":operation", AttributeValue::Ss(vec![operation.id.to_string()]))
+            .expression_attribute_values(":expiresAt", number(now_seconds() + KEEP_SECONDS))
             .return_values(ReturnValue::AllNew)
             .send()
             .await
@@ -195,8 +212,8 @@ impl Connections {
         Ok(device(output.attributes.unwrap_or_default()))
     }
 
-    /// Asks fleet indexing about a device of which no event has come yet: it was connected before this stack was
-    /// deployed, or never. Unknown counts as not connected.
+    /// Asks fleet indexing about a device of which nothing is known: it was connected before this stack was deployed, or never,
+    /// or for so long that its item has expired. Unknown counts as not connected.
     async fn is_connected_by_index(&self, thing: &ThingName) -> bool {
         match self.iot.get_thing_connectivity_data().thing_name(thing.as_str()).send().await {
             Ok(output) => output.connected.unwrap_or(false),
@@ -207,6 +224,11 @@ impl Connections {
             }
         }
     }
+}
+
+/// An item that has expired and is not deleted yet is still the broker's last word, so nobody looks at the time when reading one.
+fn kept_for(presence: &Presence) -> i64 {
+    if presence.connected { KEEP_CONNECTED_SECONDS } else { KEEP_SECONDS }
 }
 
 fn device(mut item: HashMap<String, AttributeValue>) -> Device {
