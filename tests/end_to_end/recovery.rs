@@ -488,14 +488,29 @@ async fn a_release_while_the_group_settles_leaves_the_device_free() {
 
 #[tokio::test]
 #[ignore = "needs the local cloud: cargo xtask test"]
-async fn a_thing_that_is_gone_ends_its_recovery() {
+async fn a_thing_that_is_gone_ends_its_recovery_and_is_forgotten() {
     let cloud = Cloud::connect().await;
     let thing = cloud.thing("gone").await;
-    cloud.iot.delete_thing().thing_name(thing.as_str()).send().await.unwrap();
     let begin = now();
-    cloud.fail(&thing, begin..begin + 10).await;
+    cloud.fail(&thing, begin..begin + 9).await;
+    cloud.await_recovery(&thing, "nine failures", |device| device.attempts == 9).await;
+    // It is deleted when the tenth is under way already.
+    cloud.iot.delete_thing().thing_name(thing.as_str()).send().await.unwrap();
+    let failure = Failure {
+        thing_name: thing.clone(),
+        operation_id: format!("{thing}-tenth").parse().unwrap(),
+        timestamp: begin + 9,
+        received_at: begin + 9,
+        model: None,
+        firmware: None,
+    };
+    let start = cloud.step_functions.start_execution().state_machine_arn(cloud.output("FailedUpdateRecoveryArn"));
+    let start = start.name(failure.operation_id.as_str()).input(serde_json::to_string(&failure).unwrap());
+    start.send().await.unwrap();
     let recovered = cloud.recovered(&thing, 10).await;
     let failed: Vec<_> = recovered.iter().filter(|one| one.status == ExecutionStatus::Failed).collect();
     assert_eq!(failed.len(), 1, "{recovered:?}");
     assert_eq!(failed[0].error.0, ErrorName::DeviceNotFound.as_str());
+    let item = serde_json::to_value(cloud.recovery(&thing).await).unwrap();
+    assert!(item["phase"] == "ACTIVE" && item["expiresAt"].is_i64(), "it is held for ever: {item}");
 }

@@ -17,6 +17,8 @@ const HISTORY: usize = 20;
 const UNREAD: i64 = 0;
 /// How long an item is kept after a success or a release, in seconds: longer than any queue keeps a message.
 const KEEP_SECONDS: i64 = 30 * 24 * 3600;
+/// How long failures of a device that is not held are remembered: some day it is gone for good.
+const KEEP_FAILURES_SECONDS: i64 = 365 * 24 * 3600;
 
 /// Values of [`ATTRIBUTES`]; one that the thing does not have is missing.
 pub(super) type Values = BTreeMap<String, String>;
@@ -139,7 +141,7 @@ pub struct Device {
     pub held: Option<Held>,
     /// When the device last succeeded or was released, in Unix milliseconds: what is older does not count any more.
     cleared_at: i64,
-    /// When the item may go, in Unix seconds; none while something is to be remembered.
+    /// When the item may go, in Unix seconds; none while the device is held, for its attributes are only here.
     #[serde(skip_serializing_if = "Option::is_none")]
     expires_at: Option<i64>,
     /// Counts the item's writes.
@@ -209,8 +211,8 @@ impl Device {
         if failure.received_at <= self.cleared_at || forgotten {
             return Counted { decision: Decision::Ignored, attempt: 0, cycle };
         }
-        self.expires_at = None;
         let counted = self.count(failure, limits, cycle);
+        self.expires_at = (self.phase == Phase::Active).then_some(failure.received_at / 1000 + KEEP_FAILURES_SECONDS);
         self.history.push(Remembered {
             timestamp: failure.timestamp,
             received_at: failure.received_at,
@@ -274,7 +276,8 @@ impl Device {
     /// Ends a parking because its time is over; false if it has ended otherwise, or is another one.
     pub fn restore(&mut self, operation: &OperationId) -> bool {
         let ours = self.held.as_ref().filter(|held| held.operation_id == *operation);
-        if self.phase == Phase::Parked && ours.is_some() {
+        if let Some(since) = ours.map(|held| held.since).filter(|_| self.phase == Phase::Parked) {
+            self.expires_at = Some(since / 1000 + KEEP_FAILURES_SECONDS);
             self.let_go(Release::Restored);
             self.attempts = 0;
             self.cycles += 1;
@@ -308,7 +311,8 @@ impl Device {
         self.cycles = 0;
         self.ignored = 0;
         self.cleared_at = self.cleared_at.max(cleared_at);
-        self.expires_at = self.history.is_empty().then_some(now_seconds + KEEP_SECONDS);
+        let keep = if self.history.is_empty() { KEEP_SECONDS } else { KEEP_FAILURES_SECONDS };
+        self.expires_at = Some(now_seconds + keep);
     }
 
     /// Whether the device is held in that phase for that failure.
@@ -440,6 +444,19 @@ mod tests {
     }
 
     #[test]
+    fn an_item_expires_unless_its_device_is_held() {
+        let mut device = failed(1..=9);
+        let some_day = Some(KEEP_FAILURES_SECONDS);
+        assert_eq!(device.expires_at, some_day);
+        (10..=12).for_each(|at| _ = device.fail(&failure(at), LIMITS));
+        assert_eq!((device.phase, device.expires_at), (Phase::Parked, None));
+        assert!(device.restore(&failure(10).operation_id));
+        assert_eq!((device.phase, device.expires_at), (Phase::Active, some_day));
+        (13..=30).for_each(|at| _ = device.fail(&failure(at), LIMITS));
+        assert_eq!((device.phase, device.expires_at), (Phase::Quarantined, None));
+    }
+
+    #[test]
     fn failures_while_parked_change_nothing_but_their_number() {
         let mut device = failed(1..=10);
         let held = device.held.clone();
@@ -461,14 +478,14 @@ mod tests {
         assert_eq!(device, before);
         assert!(!device.restore(&failure(10).operation_id), "the parking has ended otherwise");
         assert_eq!(device.fail(&failure(21), LIMITS).attempt, 1);
-        assert_eq!(device.expires_at, None);
+        assert_eq!(device.expires_at, Some(KEEP_FAILURES_SECONDS));
     }
 
     #[test]
     fn a_success_between_failures_leaves_the_later_ones() {
         let mut device = failed(1..=10);
         assert_eq!(device.succeed(8, 0), Success::Cleared);
-        assert_eq!((device.phase, device.attempts, device.expires_at), (Phase::Active, 2, None));
+        assert_eq!((device.phase, device.attempts, device.expires_at), (Phase::Active, 2, Some(KEEP_FAILURES_SECONDS)));
         let mut device = failed(5..=7);
         assert_eq!(device.succeed(4, 0), Success::Stale);
         assert_eq!(device.attempts, 3);

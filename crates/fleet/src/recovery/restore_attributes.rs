@@ -108,6 +108,7 @@ pub struct Adapters {
 /// Does it. Every action may be repeated, whether it was broken off or not.
 pub async fn handle(adapters: &Adapters, input: Input) -> Result<Output, Error> {
     let Input { action, thing_name, thing_names, operation_id } = input;
+    let named = thing_name.clone();
     let done = match (action, thing_name, thing_names, operation_id) {
         (Action::Park, Some(thing), None, Some(operation)) => adapters.park(&thing, &operation).await,
         (Action::Restore, Some(thing), None, Some(operation)) => adapters.restore(&thing, &operation).await,
@@ -125,6 +126,12 @@ pub async fn handle(adapters: &Adapters, input: Input) -> Result<Output, Error> 
             "thingName and operationId, and nothing else, for park, restore and quarantine",
         )),
     };
+    if let (Err(error), Some(thing)) = (&done, named)
+        && error.name == ErrorName::DeviceNotFound
+    {
+        // It has been deleted meanwhile. Nothing is held that does not exist, so what is known of it may expire.
+        adapters.registry.table.change(thing.as_str(), |device| device.release(now_millis())).await?;
+    }
     done.map(Output::One)
 }
 
