@@ -32,6 +32,14 @@ def replace_state_machine(state_machine):
     client.update_state_machine(stateMachineArn=state_machine, definition=json.dumps(definition))
 
 
+def register(things):
+    """Only things that have a user get settings."""
+    client = boto3.client("iot")
+    attributes = {"attributes": {"externalId": "bench"}}
+    with ThreadPoolExecutor(SENDERS) as pool:
+        list(pool.map(lambda thing: client.create_thing(thingName=thing, attributePayload=attributes), things))
+
+
 def event(thing, session):
     """A connection of that thing, as the topic rule puts it into the queue."""
     connected = {
@@ -108,6 +116,7 @@ def main():
     options = parser.parse_args()
     replace_state_machine(options.state_machine)
     order, ids = messages(options.sessions, options.repeats)
+    register(ids)
     with ThreadPoolExecutor(1) as pool:
         sending = pool.submit(send, options.queue[0], order, ids, options.seconds)
         time.sleep(min(1, options.seconds))

@@ -692,6 +692,7 @@ fn a_role_allows_what_its_function_calls_and_nothing_else() {
                 "SQSPollerPolicy on JobSchedulesQueue.QueueName",
                 "SQSPollerPolicy on SessionsQueue.QueueName",
                 "SQSSendMessagePolicy on DeadLetterQueue.QueueName",
+                "iot:DescribeThing on iot:thing/*",
                 "states:StartExecution on ConfigPush",
                 "states:StartExecution on FailedUpdateRecovery",
                 "states:StartExecution on FirmwareUpgrade",

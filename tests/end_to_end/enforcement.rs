@@ -375,6 +375,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     (
         "StartWorkflowFunctionRole",
         &[
+            "iot:DescribeThing thing",
             "sqs:ReceiveMessage FailedUpdatesQueue",
             "sqs:ReceiveMessage JobNotificationsQueue",
             "sqs:ReceiveMessage JobSchedulesQueue",

@@ -119,7 +119,7 @@ fn settings(changed: &Value) -> Value {
 
 /// The way of a push up to its wait, and then on.
 fn pushed(more: &[&'static str]) -> Vec<&'static str> {
-    [&["ReadDevice", "GetSettings", "IsPushNeeded", "PushSettings"], more].concat()
+    [&["IsDeviceKnown", "ReadDevice", "GetSettings", "IsPushNeeded", "PushSettings"], more].concat()
 }
 
 /// The input of a push, and the answers that let it succeed.
@@ -165,10 +165,10 @@ async fn what_was_throttled_killed_or_slow_in_a_push_is_tried_again() {
 #[tokio::test]
 #[ignore = "needs the local cloud: cargo xtask test"]
 async fn every_end_of_a_configuration_push() {
-    let read = |end: &'static str| vec!["ReadDevice", end];
-    let got = |end: &'static str| vec!["ReadDevice", "GetSettings", end];
+    let read = |end: &'static str| vec!["IsDeviceKnown", "ReadDevice", end];
+    let got = |end: &'static str| vec!["IsDeviceKnown", "ReadDevice", "GetSettings", end];
     let failed = "ConfigPushFailed";
-    let unchanged = vec!["ReadDevice", "GetSettings", "IsPushNeeded", "SettingsUnchanged"];
+    let unchanged = vec!["IsDeviceKnown", "ReadDevice", "GetSettings", "IsPushNeeded", "SettingsUnchanged"];
     let superseded = || vec![function_error("SessionSuperseded")];
     let unread = |answer: Value| vec![("PushSettings", vec![timeout()]), ("ReadAnswers", vec![answer])];
     let aws = |name: &str| vec![error(name, "no")];
@@ -205,6 +205,18 @@ async fn every_end_of_a_configuration_push() {
         paths.push(one("PushSettings", vec![function_error(name)], pushed(&[failed]), end));
     }
     push(paths).await;
+}
+
+/// For a session start-workflow has read the thing: the registry is not asked again.
+#[tokio::test]
+#[ignore = "needs the local cloud: cargo xtask test"]
+async fn a_push_whose_device_has_been_read_reads_it_not_again() {
+    let (mut input, mut good) = good_push();
+    input["externalId"] = json!("user-7");
+    good["ReadDevice"] = json!([error("Iot.ResourceNotFoundException", "it was asked")]);
+    let states = vec!["IsDeviceKnown", "GetSettings", "IsPushNeeded", "PushSettings"];
+    go_all("ConfigPushArn", input, good, vec![Path { answers: vec![], states, end: Ok("user-7") }], "/externalId")
+        .await;
 }
 
 const WAITS: [&str; 5] = ["AwaitOnline", "DispatchDownload", "AwaitTransfer", "AwaitInstallation", "AwaitReboot"];
@@ -588,6 +600,8 @@ async fn an_error_that_cannot_pass_stops_every_task_at_once() {
 #[tokio::test]
 #[ignore = "needs the local cloud: cargo xtask test"]
 async fn what_aws_does_not_let_anyone_catch_is_not_caught_here() {
-    let uncaught = |name| one("GetSettings", vec![error(name, "")], vec!["ReadDevice", "GetSettings"], Err((name, "")));
+    let uncaught = |name| {
+        one("GetSettings", vec![error(name, "")], vec!["IsDeviceKnown", "ReadDevice", "GetSettings"], Err((name, "")))
+    };
     push(["States.Runtime", "States.DataLimitExceeded"].map(uncaught).into()).await;
 }

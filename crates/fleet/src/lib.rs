@@ -16,6 +16,7 @@ pub mod queue;
 pub mod recovery;
 pub mod tasks;
 pub mod telemetry;
+mod things;
 pub mod workflows;
 
 pub use error::{Error, ErrorName};

@@ -4,6 +4,7 @@ use crate::error::{aws, unbuilt};
 use crate::{Error, ErrorName};
 use aws_sdk_sqs::{Client, types::MessageAttributeValue};
 use base64::{Engine, prelude::BASE64_STANDARD};
+use protocol::ThingName;
 use protocol::recovery::UpdateReport;
 use serde::{Deserialize, de::DeserializeOwned};
 
@@ -62,17 +63,22 @@ impl MqttMessage {
         self.received_at.ok_or_else(missing)
     }
 
-    /// A report on an update, and when the broker got it (Unix milliseconds). Its topic is the same for all devices, so the
-    /// payload names the thing: a device must have connected as that thing.
-    pub fn update_report(&self) -> Result<(UpdateReport, i64), Error> {
-        let report = UpdateReport::decode(&self.payload()?)?;
-        if let Some(client) = self.sender().filter(|client| *client != report.thing_name.as_str()) {
-            return Err(Error::new(
+    /// A report on an update, and when the broker got it (Unix milliseconds); none if the message is no report. Its topic is the
+    /// same for all devices, so the payload names the thing: see [`Self::check_sender`].
+    pub fn update_report(&self) -> Result<Option<(UpdateReport, i64)>, Error> {
+        let report = UpdateReport::read(&self.payload()?)?;
+        report.map(|report| Ok((report, self.received_at()?))).transpose()
+    }
+
+    /// Fails with [`ErrorName::SenderMismatch`] unless the device that reports on a thing has connected as that thing.
+    pub fn check_sender(&self, thing: &ThingName) -> Result<(), Error> {
+        match self.sender() {
+            Some(client) if client != thing.as_str() => Err(Error::new(
                 ErrorName::SenderMismatch,
-                format!("_id_: got {}, expected {client:?}, the client that sent it", report.thing_name),
-            ));
+                format!("_id_: got {thing}, expected {client:?}, the client that sent it"),
+            )),
+            _ => Ok(()),
         }
-        Ok((report, self.received_at()?))
     }
 
     /// The payload as JSON.
@@ -196,9 +202,11 @@ mod tests {
                 "topic": "iot/device/data", "payload": BASE64_STANDARD.encode(report), "clientId": client,
                 "principal": principal, "receivedAt": 5,
             });
-            let read = MqttMessage::parse(&message.to_string()).unwrap().update_report();
-            let expected = if allowed { Ok(5) } else { Err(ErrorName::SenderMismatch) };
-            assert_eq!(read.map(|read| read.1).map_err(|error| error.name), expected, "{client:?} {principal:?}");
+            let message = MqttMessage::parse(&message.to_string()).unwrap();
+            let (report, received_at) = message.update_report().unwrap().unwrap();
+            let expected = if allowed { Ok(()) } else { Err(ErrorName::SenderMismatch) };
+            let checked = message.check_sender(&report.thing_name).map_err(|error| error.name);
+            assert_eq!((received_at, checked), (5, expected), "{client:?} {principal:?}");
         }
     }
 }

@@ -46,7 +46,22 @@ impl UpdateReport {
         Publication { topic: UPDATE_REPORTS_TOPIC.to_owned(), payload }
     }
 
-    /// Reads the message in the cloud.
+    /// Reads the message in the cloud; none if it names no device, and so is of quite another kind: whoever else may use the topic
+    /// has messages of his own.
+    pub fn read(payload: &[u8]) -> Result<Option<Self>, DecodeError> {
+        #[derive(Deserialize)]
+        struct Named {
+            #[serde(rename = "_id_")]
+            id: Option<serde_json::Value>,
+        }
+        let Named { id } = limits::json(UPDATE_REPORTS_TOPIC, payload)?;
+        match id.as_ref().and_then(serde_json::Value::as_str).map(str::parse::<ThingName>) {
+            Some(Ok(_)) => Self::decode(payload).map(Some),
+            _ => Ok(None),
+        }
+    }
+
+    /// Reads a message that is a device's report.
     pub fn decode(payload: &[u8]) -> Result<Self, DecodeError> {
         let report: Self = limits::json(UPDATE_REPORTS_TOPIC, payload)?;
         for (field, text) in [("model", &report.model), ("FW", &report.firmware)] {
@@ -114,6 +129,18 @@ mod tests {
         assert_eq!(report.status, UpdateStatus::Failed);
         assert_eq!((report.model.as_deref(), report.firmware.as_deref()), (Some("wo:v8"), Some("2.27")));
         assert_eq!(String::from_utf8(report.encode().payload).unwrap(), text);
+    }
+
+    #[test]
+    fn a_message_of_another_kind_is_no_report_and_no_error() {
+        for other in [r#"{"status":"failed","pump":7}"#, r#"{"_id_":7,"status":"failed"}"#, r#"{"_id_":"a/b"}"#] {
+            assert_eq!(UpdateReport::read(other.as_bytes()).unwrap(), None, "{other}");
+        }
+        for broken in ["", "7", r#"{"_id_":"a","timestamp":1,"status":"failed"}"#] {
+            assert!(UpdateReport::read(broken.as_bytes()).is_err(), "{broken}");
+        }
+        let report = br#"{"_id_":"a","timestamp":"1","status":"failed"}"#;
+        assert_eq!(UpdateReport::read(report).unwrap().unwrap(), UpdateReport::decode(report).unwrap());
     }
 
     #[test]

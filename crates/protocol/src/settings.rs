@@ -219,6 +219,9 @@ pub struct ConfigPushInput {
     pub thing_name: ThingName,
     /// When its session began, in Unix milliseconds: a newer session's push replaces an older one's.
     pub connected_at: i64,
+    /// The thing's attribute of that name, if it has been read already.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub external_id: Option<String>,
 }
 
 fn publication(topic: String, body: &impl Serialize) -> Publication {

@@ -9,6 +9,7 @@ async fn main() -> Result<(), lambda_runtime::Error> {
         Ok((
             start_workflow::Adapters {
                 step_functions: aws_sdk_sfn::Client::new(&aws),
+                iot: aws_sdk_iot::Client::new(&aws),
                 firmware_upgrade_arn: config::required("FIRMWARE_UPGRADE_ARN")?,
                 config_push_arn: config::required("CONFIG_PUSH_ARN")?,
                 failed_update_recovery_arn: config::required("FAILED_UPDATE_RECOVERY_ARN")?,

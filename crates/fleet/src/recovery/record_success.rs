@@ -4,11 +4,12 @@ use super::registry::Registry;
 use crate::Error;
 use crate::aws::now_seconds;
 use crate::queue::MqttMessage;
+use crate::things;
 
 /// Handles one queued report of a success.
 pub async fn handle(registry: &Registry, body: &str) -> Result<(), Error> {
     let message = MqttMessage::parse(body)?;
-    let (report, received_at) = message.update_report()?;
+    let Some((report, received_at)) = things::update_report(&registry.iot, &message).await? else { return Ok(()) };
     let thing = &report.thing_name;
     let (device, outcome) =
         registry.table.change(thing.as_str(), |device| device.succeed(received_at, now_seconds())).await?;

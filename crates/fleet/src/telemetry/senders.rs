@@ -1,9 +1,7 @@
 //! Who may report for which sensors: a thing for itself, and for those that its attribute `sensors` names.
 
-use crate::error::aws;
-use crate::{Error, ErrorName};
+use crate::{Error, ErrorName, things};
 use aws_sdk_iot::Client;
-use aws_sdk_iot::operation::describe_thing::DescribeThingError;
 use futures_util::{StreamExt, stream};
 use protocol::SensorId;
 use std::collections::{BTreeSet, HashMap};
@@ -75,15 +73,7 @@ impl Senders {
 
     /// What the attribute holds; nothing if there is no such thing.
     async fn ask(&self, thing: &str) -> Result<String, Error> {
-        match self.client.describe_thing().thing_name(thing).send().await {
-            Ok(described) => Ok(described.attributes.and_then(|mut all| all.remove(ATTRIBUTE)).unwrap_or_default()),
-            Err(error) => match error.as_service_error() {
-                // A client id can be what no thing's name can.
-                Some(
-                    DescribeThingError::ResourceNotFoundException(_) | DescribeThingError::InvalidRequestException(_),
-                ) => Ok(String::new()),
-                _ => Err(aws("iot:DescribeThing", &error)),
-            },
-        }
+        let attributes = things::attributes(&self.client, thing).await?;
+        Ok(attributes.and_then(|mut all| all.remove(ATTRIBUTE)).unwrap_or_default())
     }
 }

@@ -3,7 +3,7 @@
 
 use crate::error::{aws, code, unbuilt};
 use crate::queue::{MqttMessage, json};
-use crate::{Error, ErrorName};
+use crate::{Error, ErrorName, things};
 use protocol::job::{JobDocument, NextExecution, NotifyNext, UpgradeInput, WorkflowName};
 use protocol::recovery::{Failure, UPDATE_REPORTS_TOPIC, UpdateReport};
 use protocol::settings::ConfigPushInput;
@@ -17,6 +17,8 @@ use sha2::{Digest, Sha256};
 pub struct Adapters {
     /// Starts executions.
     pub step_functions: aws_sdk_sfn::Client,
+    /// The registry, which knows who takes part.
+    pub iot: aws_sdk_iot::Client,
     /// The state machine behind [`WorkflowName::FirmwareUpgrade`].
     pub firmware_upgrade_arn: String,
     /// The state machine that brings settings to devices.
@@ -45,11 +47,12 @@ struct Scheduled {
 }
 
 /// Handles one queued message: of the broker (a job that has reached its device, a device that has come online, or a
-/// report of a failed update), or of a schedule. A repeat starts nothing; a job that is not ours is left alone.
+/// report of a failed update), or of a schedule. A repeat starts nothing; a job that is not ours is left alone, and so is what is
+/// no thing.
 pub async fn handle(adapters: &Adapters, body: &str) -> Result<(), Error> {
     let start = match json::<Scheduled>("schedule", body.as_bytes()) {
         Ok(scheduled) => Some(of_schedule(adapters, &scheduled)),
-        Err(_) => of_message(adapters, &MqttMessage::parse(body)?)?,
+        Err(_) => of_message(adapters, &MqttMessage::parse(body)?).await?,
     };
     match start {
         Some(start) => begin(adapters, start).await,
@@ -58,13 +61,13 @@ pub async fn handle(adapters: &Adapters, body: &str) -> Result<(), Error> {
 }
 
 /// What a message of the broker starts, if anything.
-fn of_message<'a>(adapters: &'a Adapters, message: &MqttMessage) -> Result<Option<Start<'a>>, Error> {
+async fn of_message<'a>(adapters: &'a Adapters, message: &MqttMessage) -> Result<Option<Start<'a>>, Error> {
     if message.topic.starts_with("$aws/events/presence/") {
-        return of_session(adapters, &message.json()?).map(Some);
+        return of_session(adapters, &message.json()?).await;
     }
     if message.topic == UPDATE_REPORTS_TOPIC {
-        let (report, received_at) = message.update_report()?;
-        return of_failure(adapters, report, received_at).map(Some);
+        let report = things::update_report(&adapters.iot, message).await?;
+        return report.map(|(report, received_at)| of_failure(adapters, report, received_at)).transpose();
     }
     of_job(adapters, thing_of_topic(&message.topic)?, message.json()?)
 }
@@ -95,7 +98,9 @@ fn of_job(adapters: &Adapters, thing: ThingName, next: NotifyNext) -> Result<Opt
         return Ok(None);
     };
     let NextExecution { job_id, execution_number, job_document } = execution;
-    if job_document.get("workflow").is_none() {
+    let workflow = job_document.get("workflow");
+    // Other products' jobs may have workflows too.
+    if workflow.is_none_or(|name| WorkflowName::deserialize(name).is_err()) {
         tracing::info!(thing = thing.as_str(), job = job_id.as_str(), outcome = "IGNORED", "foreign job");
         return Ok(None);
     }
@@ -110,16 +115,22 @@ fn of_job(adapters: &Adapters, thing: ThingName, next: NotifyNext) -> Result<Opt
     Ok(Some(Start { state_machine, key, input: serde_json::to_string(&input) }))
 }
 
-/// The configuration push of a session. The connection's number belongs to its key: a persistent session keeps its
-/// identifier over connections.
-fn of_session<'a>(adapters: &'a Adapters, event: &PresenceEvent) -> Result<Start<'a>, Error> {
+/// The configuration push of a session; none if its client is no thing, or one that has no user. The connection's number
+/// belongs to its key: a persistent session keeps its identifier over connections.
+async fn of_session<'a>(adapters: &'a Adapters, event: &PresenceEvent) -> Result<Option<Start<'a>>, Error> {
     let thing_name: ThingName = event
         .client_id
         .parse()
         .map_err(|error: InvalidId| Error::new(ErrorName::MalformedMessage, format!("clientId: {error}")))?;
+    let attributes = things::attributes(&adapters.iot, thing_name.as_str()).await?;
+    let external_id = attributes.and_then(|mut all| all.remove("externalId")).filter(|id| !id.is_empty());
+    if external_id.is_none() {
+        tracing::info!(client = event.client_id, outcome = "IGNORED", "no thing with the attribute externalId");
+        return Ok(None);
+    }
     let key = [thing_name.to_string(), event.session_identifier.clone(), event.version_number.to_string()];
-    let input = ConfigPushInput { thing_name, connected_at: event.timestamp };
-    Ok(Start { state_machine: &adapters.config_push_arn, key, input: serde_json::to_string(&input) })
+    let input = ConfigPushInput { thing_name, connected_at: event.timestamp, external_id };
+    Ok(Some(Start { state_machine: &adapters.config_push_arn, key, input: serde_json::to_string(&input) }))
 }
 
 /// The recovery of a failed update. The execution's name is its operation.
@@ -208,6 +219,7 @@ mod tests {
         };
         let adapters = Adapters {
             step_functions: mock_client!(aws_sdk_sfn, [&start]),
+            iot: mock_client!(aws_sdk_iot, []),
             firmware_upgrade_arn: "arn:state-machine".into(),
             config_push_arn: "arn:config-push".into(),
             failed_update_recovery_arn: "arn:recovery".into(),
@@ -230,6 +242,7 @@ mod tests {
             });
         let adapters = Adapters {
             step_functions: mock_client!(aws_sdk_sfn, [&start]),
+            iot: mock_client!(aws_sdk_iot, []),
             firmware_upgrade_arn: String::new(),
             config_push_arn: String::new(),
             failed_update_recovery_arn: String::new(),
@@ -252,8 +265,91 @@ mod tests {
 
     #[tokio::test]
     async fn a_foreign_job_is_left_alone_and_a_broken_document_of_ours_is_told() {
-        assert_eq!(outcome(None, &serde_json::json!({"operation": "reboot"})).await, (Ok(()), 0));
+        for foreign in [serde_json::json!({"operation": "reboot"}), serde_json::json!({"workflow": "reboot"})] {
+            assert_eq!(outcome(None, &foreign).await, (Ok(()), 0));
+        }
         let (result, starts) = outcome(None, &serde_json::json!({"workflow": "firmware-upgrade"})).await;
         assert_eq!((result.unwrap_err().name, starts), (ErrorName::InvalidInput, 0));
+    }
+
+    /// What becomes of a broker's message, with such an answer of the registry, and with what the execution begins.
+    async fn start_of(
+        topic: &str,
+        payload: &serde_json::Value,
+        registry: aws_smithy_mocks::Rule,
+    ) -> (Result<(), Error>, Option<serde_json::Value>) {
+        use base64::{Engine, prelude::BASE64_STANDARD};
+        let started = std::sync::Arc::new(std::sync::Mutex::new(None));
+        let seen = std::sync::Arc::clone(&started);
+        let start = mock!(aws_sdk_sfn::Client::start_execution)
+            .match_requests(move |request| {
+                *seen.lock().unwrap() = request.input().map(|input| serde_json::from_str(input).unwrap());
+                true
+            })
+            .then_error(|| {
+                let already = aws_sdk_sfn::error::ErrorMetadata::builder().code("ExecutionAlreadyExists");
+                StartExecutionError::generic(already.build())
+            });
+        let adapters = Adapters {
+            step_functions: mock_client!(aws_sdk_sfn, [&start]),
+            iot: mock_client!(aws_sdk_iot, [&registry]),
+            firmware_upgrade_arn: String::new(),
+            config_push_arn: "arn:config-push".into(),
+            failed_update_recovery_arn: "arn:recovery".into(),
+            on_premises_job_arn: String::new(),
+        };
+        let message = serde_json::json!({
+            "topic": topic, "payload": BASE64_STANDARD.encode(payload.to_string()), "clientId": "gateway-7",
+            "principal": "a".repeat(64), "receivedAt": 5,
+        });
+        let outcome = handle(&adapters, &message.to_string()).await;
+        let started = started.lock().unwrap().take();
+        (outcome, started)
+    }
+
+    fn thing(attributes: &[(&str, &str)]) -> aws_smithy_mocks::Rule {
+        use aws_sdk_iot::operation::describe_thing::DescribeThingOutput;
+        let attributes: std::collections::HashMap<String, String> =
+            attributes.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        mock!(aws_sdk_iot::Client::describe_thing)
+            .then_output(move || DescribeThingOutput::builder().set_attributes(Some(attributes.clone())).build())
+    }
+
+    fn registry_says(code: &'static str) -> aws_smithy_mocks::Rule {
+        use aws_sdk_iot::operation::describe_thing::DescribeThingError;
+        mock!(aws_sdk_iot::Client::describe_thing).then_error(move || {
+            DescribeThingError::generic(aws_sdk_iot::error::ErrorMetadata::builder().code(code).build())
+        })
+    }
+
+    #[tokio::test]
+    async fn only_things_with_an_external_id_get_their_settings() {
+        let topic = "$aws/events/presence/connected/gateway-7";
+        let event = serde_json::json!({
+            "clientId": "gateway-7", "timestamp": 1, "eventType": "connected", "sessionIdentifier": "s", "versionNumber": 0,
+        });
+        let (outcome, started) = start_of(topic, &event, thing(&[("externalId", "user-7")])).await;
+        let expected = serde_json::json!({"thingName": "gateway-7", "connectedAt": 1, "externalId": "user-7"});
+        assert_eq!((outcome, started), (Ok(()), Some(expected)));
+        for foreign in [thing(&[]), thing(&[("externalId", "")]), registry_says("ResourceNotFoundException")] {
+            assert_eq!(start_of(topic, &event, foreign).await, (Ok(()), None));
+        }
+        // In a storm of connections: the queue delivers it again.
+        let (outcome, started) = start_of(topic, &event, registry_says("ThrottlingException")).await;
+        assert!(outcome.unwrap_err().name.is_transient() && started.is_none());
+    }
+
+    #[tokio::test]
+    async fn a_failure_of_what_is_no_thing_starts_nothing_whoever_reports_it() {
+        let topic = UPDATE_REPORTS_TOPIC;
+        let report = |of: &str| serde_json::json!({"_id_": of, "timestamp": "1", "status": "failed"});
+        let (outcome, started) = start_of(topic, &report("gateway-7"), thing(&[])).await;
+        assert_eq!((outcome, &started.unwrap()["thingName"]), (Ok(()), &"gateway-7".into()));
+        for id in ["gateway-7", "behind-a-gateway"] {
+            let unknown = registry_says("ResourceNotFoundException");
+            assert_eq!(start_of(topic, &report(id), unknown).await, (Ok(()), None));
+        }
+        let (outcome, started) = start_of(topic, &report("gateway-8"), thing(&[])).await;
+        assert_eq!((outcome.unwrap_err().name, started), (ErrorName::SenderMismatch, None));
     }
 }

@@ -122,6 +122,7 @@ impl Functions {
             },
             start: start_workflow::Adapters {
                 step_functions: aws_sdk_sfn::Client::new(aws),
+                iot: iot.clone(),
                 firmware_upgrade_arn: text(),
                 config_push_arn: text(),
                 failed_update_recovery_arn: text(),
