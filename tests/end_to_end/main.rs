@@ -6,6 +6,7 @@ mod config_push;
 mod enforcement;
 mod firmware;
 mod on_premises;
+mod presence;
 mod recovery;
 mod telemetry;
 mod watch;

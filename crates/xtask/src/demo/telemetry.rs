@@ -97,7 +97,7 @@ impl Demo<'_> {
             .args(["--count", &self.options.devices.to_string(), "--prefix", "sensor"])
             .args(["--policy", self.outputs.get("MonitoringDevicePolicyName")?])
             .args(["--thing-type", self.outputs.get("ThingTypeName")?])
-            .args(["--attribute", &format!("building={BUILDING}"), "--protocol", "json"]);
+            .args(["--attribute", &format!("building={BUILDING}"), "--protocol", "json", "--no-external-id"]);
         self.run("provision", &mut command).map(drop)
     }
 
