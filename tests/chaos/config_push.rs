@@ -18,11 +18,11 @@ use tests::{Cloud, MqttDevice, Proxy, saw};
 
 /// The calls of a push that are about its device.
 const POINTS: &[Point] = &[
-    (None, "iot.DescribeThing"),
     (None, "lambda.Invoke"),
     (Some("TrackPresence"), "dynamodb.GetItem"),
     (Some("TrackPresence"), "dynamodb.UpdateItem"),
     (Some("TrackPresence"), "sqs.SendMessage"),
+    (Some("StartWorkflow"), "iot.DescribeThing"),
     (Some("StartWorkflow"), "states.StartExecution"),
     (Some("GetDeviceSettings"), "dynamodb.GetItem"),
     (Some("GetDeviceSettings"), "dynamodb.UpdateItem"),

@@ -23,6 +23,7 @@ const POINTS: &[Point] = &[
     (None, "lambda.Invoke"),
     (None, "iot.AddThingToThingGroup"),
     (None, "sns.Publish"),
+    (Some("StartWorkflow"), "iot.DescribeThing"),
     (Some("StartWorkflow"), "states.StartExecution"),
     (Some("RetryCounter"), "dynamodb.GetItem"),
     (Some("RetryCounter"), "dynamodb.PutItem"),
@@ -31,6 +32,7 @@ const POINTS: &[Point] = &[
     (Some("RestoreAttributes"), "iot.DescribeThing"),
     (Some("RestoreAttributes"), "iot.UpdateThing"),
     (Some("RestoreAttributes"), "iot.RemoveThingFromThingGroup"),
+    (Some("RecordSuccess"), "iot.DescribeThing"),
     (Some("RecordSuccess"), "dynamodb.GetItem"),
     (Some("RecordSuccess"), "dynamodb.PutItem"),
 ];
