@@ -158,7 +158,7 @@ fn state_machines_go_only_where_there_is_something_and_everywhere_there_is() {
     }
 }
 
-/// In China and in GovCloud, ARNs begin otherwise
+/// In China and in `GovCloud`, ARNs begin otherwise
 /// (<https://docs.aws.amazon.com/IAM/latest/UserGuide/reference-arns.html>).
 #[test]
 fn no_partition_is_written_down() {
