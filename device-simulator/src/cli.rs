@@ -15,7 +15,7 @@ use device_simulator::progress::{Display, Verbosity, count};
 use device_simulator::provision::{self, DevicePolicy, ProtocolMix, ProvisionOptions, Selection};
 use device_simulator::settings_api::{ApiFaultKind, ApiFaultSpec, SettingsApi, SettingsApiOptions};
 use device_simulator::{
-    DeviceSpec, EndedUpgrade, Endpoint, FailingUpdates, Fault, FaultTiming, Fleet, FleetOptions, Outcome,
+    DeviceSpec, EndedUpgrade, Endpoint, FailingUpdates, Fault, FaultTiming, Fleet, FleetOptions, Habits, Outcome,
 };
 use ed25519_dalek::VerifyingKey;
 use ed25519_dalek::pkcs8::DecodePublicKey;
@@ -107,6 +107,9 @@ struct Provision {
     /// Give the things no attribute externalId
     #[arg(long)]
     no_external_id: bool,
+    /// Give the things no attribute protocol, as a device has none that registers itself
+    #[arg(long)]
+    no_protocol_attribute: bool,
     /// A further attribute of the things, those that exist included, such as FW=2.27; can be repeated. One without a
     /// value is taken away
     #[arg(long, value_name = "NAME=VALUE", value_parser = provision::attribute)]
@@ -177,6 +180,11 @@ struct Run {
     /// Let the devices say on iot/device/data how each update has ended
     #[arg(long, env = "SIMULATOR_REPORT_UPDATES", value_parser = BoolishValueParser::new())]
     report_updates: bool,
+    /// Let USP devices behave as a public device does: reference-agent reports what follows the last slash of the
+    /// image's address as its version, query included, fails for a path with 404 or `boot_error`, sends broken JSON after a
+    /// failed boot, and claims a boot into version 404 after a failed download
+    #[arg(long, value_name = "DEVICE", env = "SIMULATOR_HABITS")]
+    habits: Option<Habits>,
     /// How long the fault `delay` waits before each report, and longer than --answer-delay before each answer
     #[arg(long, value_name = "TIME", default_value = "5s", env = "SIMULATOR_DELAY")]
     delay: Duration,
@@ -320,6 +328,7 @@ impl Provision {
             protocols: self.protocol,
             firmware_version: self.firmware_version,
             external_id: (!self.no_external_id).then_some(self.external_id),
+            protocol_attribute: !self.no_protocol_attribute,
             attributes: self.attribute.into_iter().collect(),
             certificates: self.certificates,
             policy,
@@ -433,6 +442,7 @@ impl Run {
             answer_delay: self.answer_delay.map_or(answer_delay, Into::into),
             failing_updates: self.failing_updates,
             report_updates: self.report_updates,
+            habits: self.habits,
             public_key: self.public_key.as_deref().map(read_public_key).transpose()?,
             fault_timing: FaultTiming { slow_rate: self.slow_rate, delay: *self.delay, offline_for: *self.offline_for },
             ..defaults

@@ -1,7 +1,7 @@
 //! One device: what it does with a command, from the first boot to the next, over every reboot and power cut.
 
 use crate::download::{self, Download, DownloadError, ImageFailure};
-use crate::fleet::{Context, EndedUpgrade, Outcome};
+use crate::fleet::{Context, EndedUpgrade, Habits, Outcome};
 use crate::now_milliseconds;
 use crate::settings::Answers;
 use crate::storage::{Operation, OperationPhase, Storage, StorageError};
@@ -11,7 +11,7 @@ use protocol::recovery::{UpdateReport, UpdateStatus};
 use protocol::settings::{self, SettingResponse};
 use protocol::{
     Command, DeviceFailure, DeviceProtocol, Firmware, OperationId, ProtocolName, Publication, ReplyTo, Response, Step,
-    StepOutcome, ThingName,
+    StepOutcome, ThingName, redacted,
 };
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -295,6 +295,18 @@ impl Life<'_> {
         self.device.spec.faults.has(fault)
     }
 
+    /// Whether the device behaves as the public USP agent.
+    fn is_reference_agent(&self) -> bool {
+        let is_usp = self.device.spec.protocol == ProtocolName::Usp;
+        is_usp && self.device.context.options.habits == Some(Habits::ReferenceAgent)
+    }
+
+    /// Whether the image's path makes the public USP agent fail.
+    fn is_failed_by_path(&self, operation: &Operation, word: &str) -> bool {
+        let path = operation.firmware.url.split('?').next().unwrap_or_default();
+        self.is_reference_agent() && path.contains(word)
+    }
+
     fn show(&self, phase: Phase) {
         self.device.context.set_phase(self.device.index, phase);
     }
@@ -468,6 +480,10 @@ impl Life<'_> {
             }
             OperationPhase::Failed { step, failure } => {
                 self.report(operation, *step, StepOutcome::Failed(failure.clone())).await;
+                if *step == Step::FirmwareTransferred && self.is_reference_agent() {
+                    self.report(operation, Step::DownloadOperationDone, StepOutcome::Failed(failure.clone())).await;
+                    self.report(operation, Step::DeviceRebooted, succeeded(Some("404".to_owned()))).await;
+                }
                 self.report_update(operation, UpdateStatus::Failed).await?;
                 self.end(operation, Outcome::Failed, Some(reason(*step, failure)))?;
             }
@@ -489,7 +505,7 @@ impl Life<'_> {
             rate: self.has(Fault::Slow).then_some(context.options.fault_timing.slow_rate),
         };
         let mut pace = Pace::new();
-        let fetched = if self.has(Fault::Download) {
+        let fetched = if self.has(Fault::Download) || self.is_failed_by_path(operation, "404") {
             Err(DownloadError::Image(ImageFailure::Status(404)))
         } else {
             download
@@ -547,11 +563,13 @@ impl Life<'_> {
             let reason = format!("wrong-version: {version} was reported after the reboot");
             return self.end(operation, Outcome::Failed, Some(reason));
         }
-        if self.has(Fault::Boot) || self.has(Fault::MalformedBoot) || !self.is_bootable().await? {
+        let is_failed = self.has(Fault::Boot) || self.has(Fault::MalformedBoot);
+        if is_failed || self.is_failed_by_path(operation, "boot_error") || !self.is_bootable().await? {
             let failure = ImageFailure::NotBooted.report(self.device.spec.protocol);
             return self.storage.roll_back(OperationPhase::Failed { step: Step::DeviceRebooted, failure });
         }
-        let version = self.storage.state().version();
+        let last_segment = operation.firmware.url.rsplit('/').next().filter(|_| self.is_reference_agent());
+        let version = last_segment.map_or_else(|| self.storage.state().version(), str::to_owned);
         self.report(operation, Step::DeviceRebooted, succeeded(Some(version))).await;
         self.report_update(operation, UpdateStatus::Succeeded).await?;
         self.end(operation, Outcome::Succeeded, None)
@@ -669,7 +687,9 @@ impl Life<'_> {
             reply_to.message_id = operation_id.to_string();
         }
         let response = Response { operation_id, step, outcome };
-        let publication = if step == Step::DeviceRebooted && self.has(Fault::MalformedBoot) {
+        let is_failed = matches!(response.outcome, StepOutcome::Failed(_));
+        let is_malformed = self.has(Fault::MalformedBoot) || (self.is_reference_agent() && is_failed);
+        let publication = if step == Step::DeviceRebooted && is_malformed {
             self.encoding().encode_malformed_boot_failure(thing, &response.operation_id, &reply_to, now)
         } else {
             self.encoding().encode_response(thing, &response, &reply_to, now)?
@@ -682,7 +702,7 @@ impl Life<'_> {
         let (thing, step, id) = (self.thing(), response.step.name(), &response.operation_id);
         match &response.outcome {
             StepOutcome::Succeeded { firmware_version: Some(version) } => {
-                tracing::info!("{thing} -> {step} SUCCESS {version} ({id})");
+                tracing::info!("{thing} -> {step} SUCCESS {} ({id})", redacted(version));
             }
             StepOutcome::Succeeded { .. } => tracing::info!("{thing} -> {step} SUCCESS ({id})"),
             StepOutcome::InProgress { progress } => {

@@ -52,6 +52,26 @@ impl std::str::FromStr for FailingUpdates {
     }
 }
 
+/// The habits of a public device that is no device of ours.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Habits {
+    /// Those of the public USP agent. It reports as its version what follows the last `/` of the image's address, query
+    /// included; a path with `404` fails its download and one with `boot_error` its boot; after a failed boot it sends broken
+    /// JSON, and after a failed download it still says that it has booted: version `404`.
+    ReferenceAgent,
+}
+
+impl std::str::FromStr for Habits {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "reference-agent" => Ok(Self::ReferenceAgent),
+            other => Err(format!("{other:?}: expected reference-agent")),
+        }
+    }
+}
+
 /// What all devices of a fleet have in common.
 #[derive(Debug, Clone)]
 pub struct FleetOptions {
@@ -78,6 +98,8 @@ pub struct FleetOptions {
     pub failing_updates: Option<FailingUpdates>,
     /// Whether devices say on `iot/device/data` how their updates have ended; those with failing updates always do.
     pub report_updates: bool,
+    /// Whose habits the USP devices have; none: the simulator's own.
+    pub habits: Option<Habits>,
 }
 
 impl FleetOptions {
@@ -95,6 +117,7 @@ impl FleetOptions {
             fault_timing: FaultTiming::default(),
             failing_updates: None,
             report_updates: false,
+            habits: None,
         }
     }
 }

@@ -17,7 +17,7 @@ mod storage;
 
 pub use device::{DeviceSpec, Phase, UnreadableFolder};
 pub use faults::{CutPoint, Fault, FaultTiming, Faults};
-pub use fleet::{DeviceUpdate, EndedUpgrade, FailingUpdates, Fleet, FleetOptions, Outcome, StartError};
+pub use fleet::{DeviceUpdate, EndedUpgrade, FailingUpdates, Fleet, FleetOptions, Habits, Outcome, StartError};
 pub use mqtt_connection::Endpoint;
 
 /// Now, in Unix milliseconds.

@@ -110,6 +110,8 @@ pub struct ProvisionOptions {
     /// What the attribute `externalId` of each becomes, by which a third party knows its user; `{thing}` stands for
     /// the thing's name. None: they get no such attribute.
     pub external_id: Option<String>,
+    /// Whether they get an attribute `protocol`; without it the cloud learns how a device speaks from its first boot.
+    pub protocol_attribute: bool,
     /// Further attributes of each, those that exist included; [`attribute`] reads them. One without a value is taken
     /// away.
     pub attributes: BTreeMap<String, String>,
@@ -266,9 +268,10 @@ impl Provisioning {
         let mut further = identity.attributes.clone();
         let external_id = self.options.external_id.as_ref().map(|template| external_id(template, &identity.thing));
         further.extend(external_id.map(|id| (EXTERNAL_ID.to_owned(), id)));
-        let attributes = AttributePayload::builder()
-            .attributes("protocol", identity.protocol.to_string())
-            .attributes("firmwareVersion", &identity.firmware_version);
+        let mut attributes = AttributePayload::builder().attributes("firmwareVersion", &identity.firmware_version);
+        if self.options.protocol_attribute {
+            attributes = attributes.attributes("protocol", identity.protocol.to_string());
+        }
         let attributes = further.iter().fold(attributes, |all, (name, value)| all.attributes(name, value));
         let name = identity.thing.as_str();
         let create = self.client.create_thing().thing_name(name).attribute_payload(attributes.build());

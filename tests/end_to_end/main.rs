@@ -7,6 +7,7 @@ mod enforcement;
 mod firmware;
 mod on_premises;
 mod presence;
+mod public_devices;
 mod recovery;
 mod telemetry;
 mod watch;

@@ -158,6 +158,7 @@ impl Cloud {
             thing_group: Some(group.clone()),
             thing_type: Some(self.output("ThingTypeName").to_owned()),
             external_id: None,
+            protocol_attribute: true,
             attributes: BTreeMap::new(),
         };
         change(&mut options);

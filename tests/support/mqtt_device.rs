@@ -59,6 +59,26 @@ impl MqttDevice {
 
     /// Connects as that client, with the certificate in that folder.
     pub async fn connect_as(thing: ThingName, client_id: &str, folder: &std::path::Path, clean_session: bool) -> Self {
+        Self::open(thing, client_id, folder, clean_session, false).await
+    }
+
+    /// The same as devices in the field do: with a user name that names their SDK and no password, and with ALPN.
+    pub async fn of_the_field(
+        thing: ThingName,
+        client_id: &str,
+        folder: &std::path::Path,
+        clean_session: bool,
+    ) -> Self {
+        Self::open(thing, client_id, folder, clean_session, true).await
+    }
+
+    async fn open(
+        thing: ThingName,
+        client_id: &str,
+        folder: &std::path::Path,
+        clean_session: bool,
+        is_of_the_field: bool,
+    ) -> Self {
         let read = |path: std::path::PathBuf| {
             std::fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
         };
@@ -66,7 +86,11 @@ impl MqttDevice {
         let endpoint = std::env::var("FLEETFLOW_MQTT_ENDPOINT").expect("FLEETFLOW_MQTT_ENDPOINT");
         let (host, port) = endpoint.split_once(':').expect("host:port");
         let mut options = MqttOptions::new(client_id, host, port.parse().expect("a port"));
-        options.set_transport(Transport::tls(read(Cloud::ca()), Some(identity), None));
+        let alpn = is_of_the_field.then(|| vec![b"x-amzn-mqtt-ca".to_vec()]);
+        options.set_transport(Transport::tls(read(Cloud::ca()), Some(identity), alpn));
+        if is_of_the_field {
+            options.set_credentials("?SDK=Python&Version=1.5.2", "");
+        }
         options.set_clean_session(clean_session);
         options.set_max_packet_size(256 * 1024, 2 * 1024 * 1024);
         let (client, mut events) = AsyncClient::new(options, 64);

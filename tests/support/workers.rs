@@ -22,15 +22,33 @@ impl Cloud {
         let made = self.iot.create_keys_and_certificate().set_as_active(true).send().await.expect("a certificate");
         let policy = self.output(&format!("{}WorkerPolicyName", tenant.as_str().replacen('t', "T", 1)));
         let attach = self.iot.attach_policy().policy_name(policy);
-        attach.target(made.certificate_arn.expect("an ARN")).send().await.expect("the policy is attached");
+        let arn = made.certificate_arn.expect("an ARN");
+        attach.target(&arn).send().await.expect("the policy is attached");
         let folder = Self::folder(&format!("worker-{}", uuid::Uuid::new_v4().simple()));
         std::fs::create_dir_all(&folder).expect("a folder");
         let key = made.key_pair.and_then(|pair| pair.private_key).expect("a key");
-        for (name, content) in [("certificate.pem", made.certificate_pem.expect("a certificate")), ("private.key", key)]
-        {
+        let certificate = made.certificate_pem.expect("a certificate");
+        for (name, content) in [("certificate.pem", certificate), ("private.key", key), ("arn", arn)] {
             std::fs::write(folder.join(name), content).expect("written");
         }
         folder
+    }
+}
+
+impl Cloud {
+    /// Gives the certificate in a folder a policy of that name instead of its tenant's.
+    pub async fn replace_worker_policy(&self, folder: &Path, name: &str, document: &Value) {
+        let create = self.iot.create_policy().policy_name(name).policy_document(document.to_string());
+        if let Err(error) = create.send().await {
+            saw(format!("{:?}", error.into_service_error()));
+        }
+        let principal = std::fs::read_to_string(folder.join("arn")).expect("the certificate's ARN");
+        let attached = self.iot.list_attached_policies().target(&principal).send().await.expect("its policies");
+        for policy in attached.policies.unwrap_or_default() {
+            let detach = self.iot.detach_policy().target(&principal).set_policy_name(policy.policy_name);
+            detach.send().await.expect("detached");
+        }
+        self.iot.attach_policy().policy_name(name).target(&principal).send().await.expect("attached");
     }
 }
 

@@ -1,5 +1,6 @@
 //! `HandleDeviceResponseFunction`
 
+use fleet::devices::device_registry::DeviceRegistry;
 use fleet::devices::{handle_device_response, settings::SettingsTable, worker_jobs::WorkerJobs};
 use fleet::{aws, config, lambda, queue::DeadLetters, workflows::rendezvous::Rendezvous};
 
@@ -11,6 +12,7 @@ async fn main() -> Result<(), lambda_runtime::Error> {
             handle_device_response::Adapters {
                 rendezvous: Rendezvous::new(&aws, config::required("RENDEZVOUS_TABLE")?),
                 settings: SettingsTable::from_environment(&aws)?,
+                registry: DeviceRegistry::from_environment(&aws),
                 sns: aws_sdk_sns::Client::new(&aws),
                 events_topic_arn: config::required("EVENTS_TOPIC_ARN")?,
                 mqtt: aws::iot_data_client(&aws)?,

@@ -1,5 +1,6 @@
 //! `PublishToDeviceFunction`
 
+use fleet::devices::device_registry::DeviceRegistry;
 use fleet::devices::{publish_to_device, settings::SettingsTable, worker_jobs::WorkerJobs};
 use fleet::{aws, config, lambda, workflows::rendezvous::Rendezvous};
 
@@ -10,6 +11,7 @@ async fn main() -> Result<(), lambda_runtime::Error> {
         Ok(publish_to_device::Adapters {
             rendezvous: Rendezvous::new(&aws, config::required("RENDEZVOUS_TABLE")?),
             settings: SettingsTable::from_environment(&aws)?,
+            registry: DeviceRegistry::from_environment(&aws),
             mqtt: aws::iot_data_client(&aws)?,
             s3: aws_sdk_s3::Client::new(&aws),
             firmware_bucket: config::required("FIRMWARE_BUCKET")?,

@@ -1,12 +1,16 @@
 //! `StoreTaskTokenFunction`
 
+use fleet::devices::device_registry::DeviceRegistry;
 use fleet::workflows::{rendezvous::Rendezvous, store_task_token};
 use fleet::{aws, config, lambda};
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<(), lambda_runtime::Error> {
-    let rendezvous =
-        &lambda::configured(async { Ok(Rendezvous::new(&aws::load().await, config::required("RENDEZVOUS_TABLE")?)) })
-            .await?;
-    lambda::run(move |input| store_task_token::handle(rendezvous, input)).await
+    let adapters = &lambda::configured(async {
+        let aws = aws::load().await;
+        let rendezvous = Rendezvous::new(&aws, config::required("RENDEZVOUS_TABLE")?);
+        Ok(store_task_token::Adapters { rendezvous, registry: DeviceRegistry::from_environment(&aws) })
+    })
+    .await?;
+    lambda::run(move |input| store_task_token::handle(adapters, input)).await
 }

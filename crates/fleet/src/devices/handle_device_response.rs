@@ -1,16 +1,18 @@
 //! What a device or a worker says: decoded, then brought to the step that it answers, or told to whoever listens.
 
+use super::device_registry::{DeviceRegistry, Said};
 use super::settings::SettingsTable;
 use super::worker_jobs::WorkerJobs;
 use crate::error::{aws, unbuilt};
 use crate::queue::MqttMessage;
-use crate::workflows::rendezvous::{Answer, Operation, Rendezvous};
+use crate::workflows::rendezvous::{Answer, Arrival, Operation, Rendezvous};
 use crate::{Error, ErrorName};
 use protocol::events::{DeviceBooted, EventType};
 use protocol::on_premises::tenant_of_answer;
 use protocol::settings::{SettingResponse, thing_of_response};
 use protocol::{
-    Acknowledgement, DeviceEvent, DeviceFailure, Report, Response, Step, StepOutcome, ThingName, protocol_of_topic,
+    Acknowledgement, DeviceEvent, DeviceFailure, Received, Report, Response, Step, StepOutcome, ThingName,
+    protocol_of_topic,
 };
 
 /// What the handler reaches.
@@ -20,6 +22,8 @@ pub struct Adapters {
     pub rendezvous: Rendezvous,
     /// Where answers about settings go.
     pub settings: SettingsTable,
+    /// Where the versions and protocols of devices are kept.
+    pub registry: DeviceRegistry,
     /// Where unasked reports go.
     pub sns: aws_sdk_sns::Client,
     /// The topic of domain events.
@@ -41,11 +45,23 @@ pub async fn handle(adapters: &Adapters, body: &str) -> Result<(), Error> {
     }
     let (protocol, thing) = protocol_of_topic(&message.topic, message.sender().unwrap_or("n/a"))?;
     let received = protocol.encoding().decode_report(&thing, &message.payload()?)?;
-    match received.report {
-        Report::Response(response) => apply(adapters, &thing, response).await?,
-        Report::Event(event) => publish(adapters, &thing, event).await?,
+    let Received { report, runs, acknowledgement } = received;
+    match report {
+        Report::Response(response) => {
+            let is_boot = response.step == Step::DeviceRebooted;
+            if let Some(arrival) = apply(adapters, &thing, response).await?.filter(|_| is_boot) {
+                let runs = runs.filter(|version| arrival.is_news(version));
+                adapters.registry.record(&thing, &Said { runs, speaks: Some(protocol) }).await?;
+            }
+        }
+        Report::Event(event) => {
+            if matches!(event, DeviceEvent::Booted { .. }) {
+                adapters.registry.record(&thing, &Said { runs, speaks: Some(protocol) }).await?;
+            }
+            publish(adapters, &thing, event).await?;
+        }
     }
-    match received.acknowledgement {
+    match acknowledgement {
         Some(acknowledgement) => acknowledge(adapters, acknowledgement).await,
         None => Ok(()),
     }
@@ -58,11 +74,16 @@ async fn apply_setting(adapters: &Adapters, thing: &ThingName, response: &Settin
     Ok(())
 }
 
-async fn apply(adapters: &Adapters, thing: &ThingName, response: Response) -> Result<(), Error> {
+/// Brings an answer to its step; none for a report of progress, which is no answer.
+async fn apply(adapters: &Adapters, thing: &ThingName, response: Response) -> Result<Option<Arrival>, Error> {
     let operation = Operation::new(thing, &response.operation_id);
     let step = response.step;
-    let outcome = match response.outcome {
-        StepOutcome::InProgress { .. } => adapters.rendezvous.progress(&operation, step).await?,
+    let arrival = match response.outcome {
+        StepOutcome::InProgress { .. } => {
+            let outcome = adapters.rendezvous.progress(&operation, step).await?;
+            tracing::info!(operation = operation.key(), step = step.name(), ?outcome);
+            return Ok(None);
+        }
         StepOutcome::Succeeded { firmware_version } => {
             adapters.rendezvous.arrive(&operation, step, &Answer::Succeeded { firmware_version }).await?
         }
@@ -70,8 +91,8 @@ async fn apply(adapters: &Adapters, thing: &ThingName, response: Response) -> Re
             adapters.rendezvous.fail_step(&operation, step, &device_error(step, &failure)).await?
         }
     };
-    tracing::info!(operation = operation.key(), step = step.name(), ?outcome);
-    Ok(())
+    tracing::info!(operation = operation.key(), step = step.name(), outcome = ?arrival.outcome);
+    Ok(Some(arrival))
 }
 
 /// Our name for a device's failure: by the step that failed, whatever the device's own code.

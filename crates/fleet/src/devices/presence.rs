@@ -57,7 +57,7 @@ pub struct AwaitInput {
 /// the noted operations by the same write that records it: whichever comes second wakes the workflow.
 pub async fn await_device(adapters: &Adapters, input: AwaitInput) -> Result<(), Error> {
     let operation = Operation::new(&input.thing_name, &input.operation_id);
-    let outcome = adapters.rendezvous.expect(&operation, Step::DeviceOnline, &input.wait).await?;
+    let outcome = adapters.rendezvous.expect(&operation, Step::DeviceOnline, &input.wait).await?.outcome;
     let device = adapters.connections.note_waiting(&operation).await?;
     let online = match &device.presence {
         Some(presence) => presence.connected,
@@ -100,7 +100,7 @@ pub async fn track(adapters: &Adapters, body: &str) -> Result<(), Error> {
 
 async fn wake(adapters: &Adapters, operation: &Operation) -> Result<(), Error> {
     let online = Answer::Succeeded { firmware_version: None };
-    let outcome = adapters.rendezvous.arrive(operation, Step::DeviceOnline, &online).await?;
+    let outcome = adapters.rendezvous.arrive(operation, Step::DeviceOnline, &online).await?.outcome;
     tracing::info!(operation = operation.key(), step = Step::DeviceOnline.name(), ?outcome);
     adapters.connections.forget_waiting(operation).await
 }

@@ -1,5 +1,6 @@
 //! Sends a command to a device, or a job to workers on premises. The token of the state that waits for the answer is stored first.
 
+use super::device_registry::{DeviceRegistry, Said};
 use super::settings::{Push, SettingsTable};
 use super::worker_jobs::{Order, WorkerJobs};
 use crate::aws::now_millis;
@@ -27,6 +28,8 @@ pub struct Adapters {
     pub rendezvous: Rendezvous,
     /// Where a push of settings waits for its answers.
     pub settings: SettingsTable,
+    /// Where the versions of devices are kept.
+    pub registry: DeviceRegistry,
     /// Carries the command.
     pub mqtt: aws_sdk_iotdataplane::Client,
     /// Signs the image's address.
@@ -103,14 +106,17 @@ pub async fn handle(adapters: &Adapters, input: Input) -> Result<(), Error> {
     };
     match command {
         CommandInput::CancelDownload { protocol } => {
-            let command = Command::CancelDownload { operation_id: operation_id.clone() };
-            send(adapters, &operation()?, protocol, &command).await
+            let operation = operation()?;
+            send(adapters, &operation, protocol, &Command::CancelDownload { operation_id }).await?;
+            // It may have come through all the same, and be back already.
+            let runs = adapters.rendezvous.give_up(&operation).await?;
+            adapters.registry.record(&operation.thing, &Said { runs, speaks: None }).await
         }
         CommandInput::DownloadFirmware { protocol, wait, firmware_version, artifact, url_lifetime_seconds } => {
             let operation = operation()?;
             let lifetime = Duration::from_secs(url_lifetime_seconds.min(LONGEST_LIFETIME_SECONDS));
             let firmware = firmware(adapters, firmware_version, *artifact, lifetime).await?;
-            let outcome = adapters.rendezvous.expect(&operation, Step::DownloadStarted, &wait).await?;
+            let outcome = adapters.rendezvous.expect(&operation, Step::DownloadStarted, &wait).await?.outcome;
             if outcome != Outcome::Waiting {
                 let reason = "not sent: the answer is there, or a later attempt is";
                 tracing::info!(operation = operation.key(), ?outcome, reason);

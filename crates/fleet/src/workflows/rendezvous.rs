@@ -91,6 +91,9 @@ pub struct Meeting {
     /// How many answers came.
     #[serde(default)]
     pub arrivals: u32,
+    /// Only of the reboot: a step before it has failed on the device, so what is told of a reboot is no news.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub download_failed: bool,
 }
 
 impl Meeting {
@@ -112,6 +115,12 @@ impl Meeting {
         self.arrivals += 1;
     }
 
+    /// A version that the device has booted though the waiting state expects another one.
+    fn stray_version(&self) -> Option<&str> {
+        let Some(Answer::Succeeded { firmware_version }) = &self.answer else { return None };
+        firmware_version.as_deref().filter(|version| self.expected_version.as_deref().is_some_and(|it| it != *version))
+    }
+
     /// The task to complete and how, once both halves are there.
     pub fn completion(&self) -> Option<(&str, Result<Option<&str>, Error>)> {
         let token = self.task_token.as_deref()?;
@@ -130,6 +139,33 @@ impl Meeting {
     }
 }
 
+/// What has become of an answer or of a wait.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Arrival {
+    /// What it came to.
+    pub outcome: Outcome,
+    /// The item with it.
+    meeting: Meeting,
+}
+
+impl Arrival {
+    /// Whether the version that a device reports with its reboot is for whoever hears it to record. It is not:
+    /// - after the download has failed: a known agent still says that it has booted;
+    /// - if the waiting state takes it as its target: the workflow records that after it has reported its success;
+    /// - before a state waits for it, as long as it may still be taken: the wait decides, or [`Rendezvous::give_up`].
+    pub fn is_news(&self, version: &str) -> bool {
+        let Meeting { task_token, expected_version, answer, download_failed, .. } = &self.meeting;
+        let is_early = task_token.is_none() && matches!(answer, Some(Answer::Succeeded { .. }));
+        let is_taken = self.outcome == Outcome::Applied && expected_version.as_deref() == Some(version);
+        !download_failed && !is_early && !is_taken
+    }
+
+    /// A version that the device has booted though the waiting state expects another one.
+    pub fn stray_version(&self) -> Option<&str> {
+        self.meeting.stray_version()
+    }
+}
+
 /// The table of meetings and the tasks that they complete.
 #[derive(Debug, Clone)]
 pub struct Rendezvous {
@@ -145,7 +181,7 @@ impl Rendezvous {
     }
 
     /// A state waits for the step. If the answer is there already, the task ends at once.
-    pub async fn expect(&self, operation: &Operation, step: Step, wait: &Wait) -> Result<Outcome, Error> {
+    pub async fn expect(&self, operation: &Operation, step: Step, wait: &Wait) -> Result<Arrival, Error> {
         let mut values = HashMap::from([
             (":token".to_owned(), text(&wait.task_token)),
             (":attempt".to_owned(), AttributeValue::N(wait.attempt.to_string())),
@@ -159,26 +195,51 @@ impl Rendezvous {
         };
         let condition = Some("attribute_not_exists(attempt) OR attempt <= :attempt");
         let Some(meeting) = self.update(operation, step, update, condition, values).await? else {
-            return Ok(Outcome::Late);
+            return Ok(Arrival { outcome: Outcome::Late, meeting: Meeting::default() });
         };
-        Ok(self.complete(operation, step, &meeting).await?.unwrap_or(Outcome::Waiting))
+        let outcome = self.complete(operation, step, &meeting).await?.unwrap_or(Outcome::Waiting);
+        Ok(Arrival { outcome, meeting })
     }
 
     /// A step has ended. If a state waits for it, its task ends.
-    pub async fn arrive(&self, operation: &Operation, step: Step, answer: &Answer) -> Result<Outcome, Error> {
-        self.write_answer(operation, step, answer).await.map(|(outcome, _)| outcome)
+    pub async fn arrive(&self, operation: &Operation, step: Step, answer: &Answer) -> Result<Arrival, Error> {
+        let value = serde_dynamo::to_attribute_value(answer).map_err(|error| broken_item(&error))?;
+        let values =
+            HashMap::from([(":answer".to_owned(), value), (":one".to_owned(), AttributeValue::N("1".to_owned()))]);
+        let update = "SET answer = if_not_exists(answer, :answer), expiresAt = :expiresAt ADD arrivals :one";
+        let meeting = self.update(operation, step, update, None, values).await?.unwrap_or_default();
+        let outcome = self.complete(operation, step, &meeting).await?.unwrap_or(Outcome::Waiting);
+        let repeated = outcome != Outcome::Applied && meeting.arrivals > 1;
+        Ok(Arrival { outcome: if repeated { Outcome::Duplicate } else { outcome }, meeting })
     }
 
     /// A step has failed, and the operation with it: whichever step is waited for, now or later, fails as well. Unless
     /// the step has another answer already, which stands.
-    pub async fn fail_step(&self, operation: &Operation, step: Step, error: &Error) -> Result<Outcome, Error> {
+    pub async fn fail_step(&self, operation: &Operation, step: Step, error: &Error) -> Result<Arrival, Error> {
         let answer = Answer::Failed { error: error.name, cause: error.message.clone() };
-        let (outcome, stands) = self.write_answer(operation, step, &answer).await?;
+        let arrival = self.arrive(operation, step, &answer).await?;
+        if step != Step::DeviceRebooted && !matches!(arrival.meeting.answer, Some(Answer::Succeeded { .. })) {
+            let values = HashMap::from([(":true".to_owned(), AttributeValue::Bool(true))]);
+            let update = "SET downloadFailed = :true, expiresAt = :expiresAt";
+            self.update(operation, Step::DeviceRebooted, update, None, values).await?;
+        }
         // Also if it is a repeat: an earlier delivery may have died before it came so far.
-        if stands {
+        if arrival.meeting.answer.as_ref() == Some(&answer) {
             self.fail(operation, error).await?;
         }
-        Ok(outcome)
+        Ok(arrival)
+    }
+
+    /// The workflow no longer waits for the device's reboot: what it reports from now on is late. Returns the version that it
+    /// has reported too early to be taken.
+    pub async fn give_up(&self, operation: &Operation) -> Result<Option<String>, Error> {
+        let cause = "the workflow has given the operation up".to_owned();
+        let answer = Answer::Failed { error: ErrorName::DeviceTimedOut, cause };
+        let meeting = self.arrive(operation, Step::DeviceRebooted, &answer).await?.meeting;
+        Ok(match meeting.answer {
+            Some(Answer::Succeeded { firmware_version }) if !meeting.download_failed => firmware_version,
+            _ => None,
+        })
     }
 
     /// Ends the whole operation: every step that has no answer yet fails with this error.
@@ -188,18 +249,6 @@ impl Rendezvous {
             self.arrive(operation, step, &answer).await?;
         }
         Ok(())
-    }
-
-    /// Writes the answer, completes the task if one waits, and says whether this answer is the one that stands.
-    async fn write_answer(&self, operation: &Operation, step: Step, answer: &Answer) -> Result<(Outcome, bool), Error> {
-        let value = serde_dynamo::to_attribute_value(answer).map_err(|error| broken_item(&error))?;
-        let values =
-            HashMap::from([(":answer".to_owned(), value), (":one".to_owned(), AttributeValue::N("1".to_owned()))]);
-        let update = "SET answer = if_not_exists(answer, :answer), expiresAt = :expiresAt ADD arrivals :one";
-        let meeting = self.update(operation, step, update, None, values).await?.unwrap_or_default();
-        let outcome = self.complete(operation, step, &meeting).await?.unwrap_or(Outcome::Waiting);
-        let repeated = outcome != Outcome::Applied && meeting.arrivals > 1;
-        Ok((if repeated { Outcome::Duplicate } else { outcome }, meeting.answer.as_ref() == Some(answer)))
     }
 
     /// The device is still at it: the waiting state's deadline begins anew.
@@ -272,4 +321,62 @@ fn key(operation: &Operation, step: Step) -> HashMap<String, AttributeValue> {
 
 fn broken_item(error: &serde_dynamo::Error) -> Error {
     Error::new(ErrorName::ServiceError, format!("an item of the rendezvous table: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const OLD: &str = "1.0.0";
+    const TARGET: &str = "2.0.0";
+
+    fn wait() -> Wait {
+        Wait { task_token: "t".to_owned(), attempt: 0, expected_version: Some(TARGET.to_owned()) }
+    }
+
+    fn booted(version: &str) -> Answer {
+        Answer::Succeeded { firmware_version: Some(version.to_owned()) }
+    }
+
+    fn failed(error: ErrorName) -> Answer {
+        Answer::Failed { error, cause: String::new() }
+    }
+
+    /// What a device says of its version, and whether it is news, by what has happened to the item before.
+    #[test]
+    fn a_version_is_news_unless_the_workflow_takes_it_or_the_download_failed() {
+        use Outcome::{Applied, Duplicate, Late, Waiting};
+        let (mut waiting, mut early, mut cancelled) = (Meeting::default(), Meeting::default(), Meeting::default());
+        assert!(waiting.expect(&wait()));
+        early.arrive(&booted(TARGET));
+        cancelled.arrive(&failed(ErrorName::JobCanceled));
+        let contradictory = Meeting { download_failed: true, ..early.clone() };
+        for (item, outcome, version, is_news) in [
+            (&waiting, Applied, TARGET, false),
+            (&waiting, Applied, OLD, true),
+            (&waiting, Late, TARGET, true),
+            (&waiting, Duplicate, TARGET, true),
+            (&early, Waiting, TARGET, false),
+            (&early, Duplicate, TARGET, false),
+            (&cancelled, Duplicate, TARGET, true),
+            (&contradictory, Waiting, "404", false),
+            (&Meeting { download_failed: true, ..cancelled.clone() }, Duplicate, "404", false),
+            (&Meeting { download_failed: true, ..waiting.clone() }, Duplicate, OLD, false),
+        ] {
+            let arrival = Arrival { outcome, meeting: item.clone() };
+            assert_eq!(arrival.is_news(version), is_news, "{item:?} {outcome:?} {version}");
+        }
+    }
+
+    #[test]
+    fn a_wait_that_finds_another_version_says_which() {
+        for (answer, stray) in
+            [(booted(OLD), Some(OLD)), (booted(TARGET), None), (failed(ErrorName::ActivationFailed), None)]
+        {
+            let mut meeting = Meeting::default();
+            meeting.arrive(&answer);
+            assert!(meeting.expect(&wait()));
+            assert_eq!(meeting.stray_version(), stray, "{answer:?}");
+        }
+    }
 }

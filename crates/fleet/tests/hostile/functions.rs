@@ -3,6 +3,7 @@
 use aws_config::{BehaviorVersion, Region, SdkConfig, retry::RetryConfig};
 use aws_sdk_dynamodb::config::{Credentials, SharedCredentialsProvider};
 use aws_smithy_http_client::test_util::infallible_client_fn;
+use fleet::devices::device_registry::DeviceRegistry;
 use fleet::devices::worker_jobs::{self, WorkerJobs};
 use fleet::devices::{
     configure_iot, get_device_settings, handle_device_response, presence, publish_to_device, settings,
@@ -67,7 +68,7 @@ pub(crate) struct Functions {
     remedies: remediate::Adapters,
     jobs: create_job::Adapters,
     commands: publish_to_device::Adapters,
-    rendezvous: Rendezvous,
+    waits: store_task_token::Adapters,
     settings: get_device_settings::Adapters,
     counter: retry_counter::Adapters,
     restoring: restore_attributes::Adapters,
@@ -102,6 +103,7 @@ impl Functions {
         let aws = &aws();
         let text = || "x".to_owned();
         let rendezvous = Rendezvous::new(aws, text());
+        let device_registry = DeviceRegistry::from_environment(aws);
         let settings = settings::SettingsTable::new(aws, text());
         let limits = worker_jobs::Limits {
             table: text(),
@@ -131,6 +133,7 @@ impl Functions {
             stop: stop_workflow::Adapters { rendezvous: rendezvous.clone(), iot: iot.clone() },
             responses: handle_device_response::Adapters {
                 rendezvous: rendezvous.clone(),
+                registry: device_registry.clone(),
                 settings: settings.clone(),
                 sns: aws_sdk_sns::Client::new(aws),
                 events_topic_arn: text(),
@@ -154,12 +157,13 @@ impl Functions {
             commands: publish_to_device::Adapters {
                 rendezvous: rendezvous.clone(),
                 settings: settings.clone(),
+                registry: device_registry.clone(),
                 mqtt,
                 s3,
                 firmware_bucket: text(),
                 worker_jobs,
             },
-            rendezvous,
+            waits: store_task_token::Adapters { rendezvous, registry: device_registry },
             settings: get_device_settings::Adapters::without_api(settings).expect("the schema is good"),
             counter: retry_counter::Adapters {
                 table: registry.table.clone(),
@@ -211,7 +215,7 @@ impl Functions {
             }
             "restore-attributes" => restore_attributes::handle(&self.restoring, one(payload)?).await.map(drop),
             "retry-counter" => retry_counter::handle(&self.counter, one(payload)?).await.map(drop),
-            "store-task-token" => store_task_token::handle(&self.rendezvous, one(payload)?).await,
+            "store-task-token" => store_task_token::handle(&self.waits, one(payload)?).await,
             other => panic!("{other} is not invoked"),
         }
     }

@@ -1,0 +1,134 @@
+//! What devices say of themselves, kept in the registry: a thing's attributes `firmwareVersion` and `protocol`.
+
+use crate::error::{aws, code};
+use crate::{Error, ErrorName};
+use aws_sdk_iot::types::AttributePayload;
+use protocol::{ProtocolName, ThingName};
+use std::collections::HashMap;
+
+const FIRMWARE_VERSION: &str = "firmwareVersion";
+const PROTOCOL: &str = "protocol";
+
+/// How often a thing is read anew because somebody else has changed it meanwhile.
+const ATTEMPTS: u32 = 5;
+
+/// What a device has said of itself at a boot.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Said {
+    /// The version that it runs.
+    pub runs: Option<String>,
+    /// The protocol that it said so in.
+    pub speaks: Option<ProtocolName>,
+}
+
+/// The registry, as far as devices' boots change it.
+#[derive(Debug, Clone)]
+pub struct DeviceRegistry {
+    /// None if the things' attributes are another stack's.
+    iot: Option<aws_sdk_iot::Client>,
+}
+
+impl DeviceRegistry {
+    /// The registry of this account, unless another stack of it hears the devices: that one records what they say.
+    pub fn from_environment(config: &aws_config::SdkConfig) -> Self {
+        let is_ours = crate::config::optional("DEVICE_TOPICS").as_deref() != Some("shared");
+        Self { iot: is_ours.then(|| aws_sdk_iot::Client::new(config)) }
+    }
+
+    /// Records what a device has said, if the thing's attributes say something else. All other attributes stay, and what
+    /// somebody else changes at the same time. What the registry does not take is logged.
+    pub async fn record(&self, thing: &ThingName, said: &Said) -> Result<(), Error> {
+        let Some(iot) = self.iot.as_ref().filter(|_| *said != Said::default()) else { return Ok(()) };
+        for _ in 0..ATTEMPTS {
+            let described = match iot.describe_thing().thing_name(thing.as_str()).send().await {
+                Ok(described) => described,
+                Err(error) if code(&error) == Some("ResourceNotFoundException") => {
+                    tracing::info!(thing = thing.as_str(), outcome = "IGNORED", "the registry has no such thing");
+                    return Ok(());
+                }
+                Err(error) => return Err(aws("iot:DescribeThing", &error)),
+            };
+            let changes = changes(&described.attributes.unwrap_or_default(), said);
+            if changes.is_empty() {
+                return Ok(());
+            }
+            let payload = AttributePayload::builder().set_attributes(Some(changes.clone())).merge(true).build();
+            let update = iot.update_thing().thing_name(thing.as_str()).attribute_payload(payload);
+            match update.expected_version(described.version).send().await {
+                Ok(_) => {
+                    tracing::info!(thing = thing.as_str(), ?changes, outcome = "APPLIED", "attributes recorded");
+                    return Ok(());
+                }
+                Err(error) => match code(&error) {
+                    Some("VersionConflictException") => {}
+                    // A thing without a type has three attributes at most
+                    // (<https://docs.aws.amazon.com/general/latest/gr/iot-core.html#thing-limits>): sent again it is refused again.
+                    Some("InvalidRequestException" | "ResourceNotFoundException") => {
+                        let error = aws("iot:UpdateThing", &error);
+                        tracing::warn!(thing = thing.as_str(), ?changes, outcome = "REJECTED", %error);
+                        return Ok(());
+                    }
+                    _ => return Err(aws("iot:UpdateThing", &error)),
+                },
+            }
+        }
+        Err(Error::new(ErrorName::Throttled, format!("the thing {thing} was changed again and again meanwhile")))
+    }
+}
+
+/// The attributes to change. The protocol is remembered once: whoever sets the attribute, in the registry or by hand, has the
+/// last word.
+fn changes(attributes: &HashMap<String, String>, said: &Said) -> HashMap<String, String> {
+    let mut changes = HashMap::new();
+    if let Some(version) = said.runs.as_ref().filter(|version| attributes.get(FIRMWARE_VERSION) != Some(version)) {
+        if is_attribute_value(version) {
+            changes.insert(FIRMWARE_VERSION.to_owned(), version.clone());
+        } else {
+            tracing::warn!(version, outcome = "REJECTED", "the registry takes no such attribute");
+        }
+    }
+    // JSON is what a device without the attribute is spoken to in.
+    if said.speaks == Some(ProtocolName::Usp) && !attributes.contains_key(PROTOCOL) {
+        changes.insert(PROTOCOL.to_owned(), ProtocolName::Usp.to_string());
+    }
+    changes
+}
+
+/// Whether the registry takes the text as an attribute's value
+/// (<https://docs.aws.amazon.com/iot/latest/apireference/API_AttributePayload.html>).
+fn is_attribute_value(text: &str) -> bool {
+    let is_allowed = |c: char| c.is_ascii_alphanumeric() || "_.,@/:#=[]-".contains(c);
+    text.len() <= 800 && text.chars().all(is_allowed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn attributes(pairs: &[(&str, &str)]) -> HashMap<String, String> {
+        pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
+    }
+
+    #[test]
+    fn only_what_differs_is_recorded_and_the_protocol_only_once() {
+        use ProtocolName::{Json, Usp};
+        for (before, runs, speaks, expected) in [
+            (&[][..], "1.2.3", Usp, &[("firmwareVersion", "1.2.3"), ("protocol", "usp")][..]),
+            (&[], "1.2.3", Json, &[("firmwareVersion", "1.2.3")]),
+            (&[("firmwareVersion", "1.2.3"), ("protocol", "usp")], "1.2.3", Usp, &[]),
+            (&[("firmwareVersion", "2.0.0")], "1.2.3", Json, &[("firmwareVersion", "1.2.3")]),
+            // An operator's word, and another product's attribute, stay.
+            (&[("protocol", "json"), ("FW", "1")], "1.2.3", Usp, &[("firmwareVersion", "1.2.3")]),
+            (&[("protocol", "lwm2m")], "1.2.3", Usp, &[("firmwareVersion", "1.2.3")]),
+            // What the registry would refuse.
+            (&[], "1.2.3+build.5", Json, &[]),
+            (&[("protocol", "usp")], "ä", Usp, &[]),
+        ] {
+            let said = Said { runs: Some(runs.to_owned()), speaks: Some(speaks) };
+            assert_eq!(changes(&attributes(before), &said), attributes(expected), "{before:?} {said:?}");
+        }
+        let long = Said { runs: Some("1".repeat(801)), speaks: None };
+        assert_eq!(changes(&attributes(&[]), &long), attributes(&[]));
+        assert_eq!(changes(&attributes(&[]), &Said::default()), attributes(&[]));
+    }
+}
