@@ -42,9 +42,18 @@ async fn await_handled(cloud: &Cloud) {
 
 /// A job with the three fields of README, whose image lies where README says: its id.
 async fn upgrade(cloud: &Cloud, target: &str, version: &str) -> String {
-    let put = cloud.s3.put_object().bucket(cloud.output("FirmwareBucketName")).key(format!("firmware/{version}"));
+    upgrade_from(cloud, target, version, "").await
+}
+
+/// The same with the image in a folder below that one, which a fourth field names.
+async fn upgrade_from(cloud: &Cloud, target: &str, version: &str, folder: &str) -> String {
+    let key = format!("firmware/{folder}{version}");
+    let put = cloud.s3.put_object().bucket(cloud.output("FirmwareBucketName")).key(&key);
     put.body(vec![7; 10_000].into()).send().await.unwrap();
-    let job = json!({"firmwareVersion": version, "upgradeTrigger": "manual", "targetArn": target});
+    let mut job = json!({"firmwareVersion": version, "upgradeTrigger": "manual", "targetArn": target});
+    if !folder.is_empty() {
+        job["artifact"] = json!({"key": key});
+    }
     cloud.invoke_create_job(&job).await.unwrap()["jobId"].as_str().unwrap().to_owned()
 }
 
@@ -86,9 +95,9 @@ async fn the_public_usp_agent_is_upgraded_with_three_fields() {
     assert_eq!(end_of(&cloud, &good, &thing).await, Ended::new(Succeeded, "Upgraded"));
     assert_no_signature(&cloud, &good, &thing).await;
     await_attribute(&cloud, &thing, "firmwareVersion", "7.0.1").await;
-    // By their names these let the agent fail.
-    for (name, reason) in [("7.404.1", "TransferFailed"), ("7.boot_error.1", "ActivationFailed")] {
-        let job = upgrade(&cloud, &group, name).await;
+    // By their paths these let the agent fail.
+    for (name, folder, reason) in [("7.404.1", "", "TransferFailed"), ("7.0.2", "boot_error/", "ActivationFailed")] {
+        let job = upgrade_from(&cloud, &group, name, folder).await;
         assert_eq!(end_of(&cloud, &job, &thing).await, Ended::new(Failed, reason));
         assert_no_signature(&cloud, &job, &thing).await;
         await_handled(&cloud).await;
