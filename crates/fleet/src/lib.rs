@@ -7,6 +7,7 @@
 
 pub mod aws;
 pub mod config;
+pub mod device_registry;
 pub mod devices;
 pub mod error;
 pub mod item_table;

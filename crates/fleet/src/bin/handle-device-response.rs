@@ -1,6 +1,6 @@
 //! `HandleDeviceResponseFunction`
 
-use fleet::devices::device_registry::DeviceRegistry;
+use fleet::device_registry::DeviceRegistry;
 use fleet::devices::{handle_device_response, settings::SettingsTable, worker_jobs::WorkerJobs};
 use fleet::{aws, config, lambda, queue::DeadLetters, workflows::rendezvous::Rendezvous};
 

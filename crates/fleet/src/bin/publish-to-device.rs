@@ -1,6 +1,6 @@
 //! `PublishToDeviceFunction`
 
-use fleet::devices::device_registry::DeviceRegistry;
+use fleet::device_registry::DeviceRegistry;
 use fleet::devices::{publish_to_device, settings::SettingsTable, worker_jobs::WorkerJobs};
 use fleet::{aws, config, lambda, workflows::rendezvous::Rendezvous};
 

@@ -1,6 +1,6 @@
 //! `StoreTaskTokenFunction`
 
-use fleet::devices::device_registry::DeviceRegistry;
+use fleet::device_registry::DeviceRegistry;
 use fleet::workflows::{rendezvous::Rendezvous, store_task_token};
 use fleet::{aws, config, lambda};
 

@@ -1,8 +1,8 @@
 //! What a device or a worker says: decoded, then brought to the step that it answers, or told to whoever listens.
 
-use super::device_registry::{DeviceRegistry, Said};
 use super::settings::SettingsTable;
 use super::worker_jobs::WorkerJobs;
+use crate::device_registry::{DeviceRegistry, Said};
 use crate::error::{aws, unbuilt};
 use crate::queue::MqttMessage;
 use crate::workflows::rendezvous::{Answer, Arrival, Operation, Rendezvous};

@@ -2,7 +2,6 @@
 //! settings.
 
 pub mod configure_iot;
-pub mod device_registry;
 pub mod get_device_settings;
 pub mod handle_device_response;
 pub mod presence;

@@ -1,9 +1,9 @@
 //! Sends a command to a device, or a job to workers on premises. The token of the state that waits for the answer is stored first.
 
-use super::device_registry::{DeviceRegistry, Said};
 use super::settings::{Push, SettingsTable};
 use super::worker_jobs::{Order, WorkerJobs};
 use crate::aws::now_millis;
+use crate::device_registry::{DeviceRegistry, Said};
 use crate::error::aws;
 use crate::tasks::Outcome;
 use crate::workflows::rendezvous::{Operation, Rendezvous, Wait};

@@ -2,7 +2,7 @@
 
 use super::rendezvous::{Operation, Rendezvous, Wait};
 use crate::Error;
-use crate::devices::device_registry::{DeviceRegistry, Said};
+use crate::device_registry::{DeviceRegistry, Said};
 use protocol::{OperationId, Step, ThingName};
 use serde::Deserialize;
 

@@ -3,7 +3,7 @@
 use aws_config::{BehaviorVersion, Region, SdkConfig, retry::RetryConfig};
 use aws_sdk_dynamodb::config::{Credentials, SharedCredentialsProvider};
 use aws_smithy_http_client::test_util::infallible_client_fn;
-use fleet::devices::device_registry::DeviceRegistry;
+use fleet::device_registry::DeviceRegistry;
 use fleet::devices::worker_jobs::{self, WorkerJobs};
 use fleet::devices::{
     configure_iot, get_device_settings, handle_device_response, presence, publish_to_device, settings,
