@@ -18,6 +18,7 @@ use protocol::telemetry::{Reading, building_of_readings};
 use protocol::{DecodeError, ReadingId};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::RangeInclusive;
+use std::time::{Duration, Instant};
 
 /// How many calls of a kind are under way at once.
 const AT_ONCE: usize = 32;
@@ -25,6 +26,9 @@ const AT_ONCE: usize = 32;
 pub const LONGEST_CALL: i64 = 15_000;
 /// How often it is tried to note that a batch is finished.
 const FINISHES: usize = 3;
+/// How late in a call metrics are still added: well before the function's time limit, which would end the call before it could
+/// note that they are.
+const LATEST_METRICS: Duration = Duration::from_secs(6);
 /// How old a reading may be that a sensor has kept, and how far its clock may be ahead, in milliseconds.
 const OLDEST: i64 = 7 * 24 * 3_600_000;
 const AHEAD: i64 = 5 * 60_000;
@@ -85,13 +89,33 @@ struct Tally {
     metric_calls: usize,
 }
 
+/// A call of the function.
+#[derive(Clone, Copy)]
+struct Call {
+    began: Instant,
+    /// When that was, in Unix milliseconds.
+    now: i64,
+}
+
+impl Call {
+    /// Fails with a transient error if the call is so late that it may be ended before it is done: another one goes on then.
+    fn check_time_for_metrics(&self) -> Result<(), Error> {
+        if self.began.elapsed() < LATEST_METRICS {
+            return Ok(());
+        }
+        let message = format!("the call is {} s old: its metrics are left to the next one", LATEST_METRICS.as_secs());
+        Err(Error::new(ErrorName::ServiceUnavailable, message))
+    }
+}
+
 /// Keeps the readings of a batch of messages; says of each, in their order, how it went. `now` is in Unix milliseconds.
 pub async fn handle(adapters: &Adapters, messages: &[QueuedMessage], now: i64) -> Vec<Result<(), Error>> {
+    let call = Call { began: Instant::now(), now };
     let read = allowed(&adapters.senders, messages.iter().map(read).collect()).await;
     // What is in the batch twice is one reading.
     let samples: HashMap<_, _> = read.iter().flatten().map(|sample| (sample.key(), sample)).collect();
     // Boxed, for the compiler loses count of the calls below.
-    let kept = match Box::pin(keep(adapters, samples.into_values().collect(), now)).await {
+    let kept = match Box::pin(keep(adapters, samples.into_values().collect(), call)).await {
         Ok(kept) => kept,
         Err(error) => return read.into_iter().map(|one| one.and(Err(error.clone()))).collect(),
     };
@@ -157,13 +181,13 @@ type Kept = HashMap<(String, String), Result<(), Error>>;
 /// What others have taken, by whom.
 type Held<'a> = BTreeMap<String, (Holder, Vec<&'a Sample>)>;
 
-async fn keep(adapters: &Adapters, samples: Vec<&Sample>, now: i64) -> Result<Kept, Error> {
-    let batch = Holder { batch: batch_name(now)?, taken_at: now };
+async fn keep(adapters: &Adapters, samples: Vec<&Sample>, call: Call) -> Result<Kept, Error> {
+    let batch = Holder { batch: batch_name(call.now)?, taken_at: call.now };
     let mut kept = Kept::new();
     let mut tally = Tally::default();
 
     let (mut ours, held) = take(&adapters.readings, samples, &batch, &mut kept).await;
-    let inherited = join_all(held.into_values().map(|(holder, samples)| inherit(adapters, holder, samples, &batch)));
+    let inherited = join_all(held.into_values().map(|(holder, samples)| inherit(adapters, holder, samples, &batch, call)));
     for inherited in inherited.await {
         ours.extend(inherited.ours);
         kept.extend(inherited.failed);
@@ -171,7 +195,7 @@ async fn keep(adapters: &Adapters, samples: Vec<&Sample>, now: i64) -> Result<Ke
         tally.metric_calls += inherited.metric_calls;
     }
     if !ours.is_empty() {
-        match store(adapters, &batch.batch, &ours, now, &mut tally).await {
+        match store(adapters, &batch.batch, &ours, call, &mut tally).await {
             Ok(()) => tally.stored = ours.len(),
             Err(error) => kept.extend(ours.into_iter().map(|sample| (sample.key(), Err(error.clone())))),
         }
@@ -213,9 +237,15 @@ struct Inherited<'a> {
 }
 
 /// Sees to readings that another batch has taken: those that its object does not hold are taken over.
-async fn inherit<'a>(adapters: &Adapters, holder: Holder, samples: Vec<&'a Sample>, batch: &Holder) -> Inherited<'a> {
+async fn inherit<'a>(
+    adapters: &Adapters,
+    holder: Holder,
+    samples: Vec<&'a Sample>,
+    batch: &Holder,
+    call: Call,
+) -> Inherited<'a> {
     let mut inherited = Inherited::default();
-    let rest = match settle(adapters, &holder, batch.taken_at, &mut inherited.metric_calls).await {
+    let rest = match settle(adapters, &holder, call, &mut inherited.metric_calls).await {
         Ok(Settled::All) => vec![],
         Ok(Settled::Only(kept)) => samples.iter().copied().filter(|sample| !kept.contains(&sample.key())).collect(),
         Err(error) => {
@@ -247,8 +277,14 @@ enum Settled {
 
 /// Looks at another batch, and adds its metrics if it has died before it could. Fails with a transient error if somebody may be
 /// at it.
-async fn settle(adapters: &Adapters, holder: &Holder, now: i64, metric_calls: &mut usize) -> Result<Settled, Error> {
+async fn settle(
+    adapters: &Adapters,
+    holder: &Holder,
+    call: Call,
+    metric_calls: &mut usize,
+) -> Result<Settled, Error> {
     let Adapters { readings, history, metrics, .. } = adapters;
+    let now = call.now;
     let is_finished = readings.is_finished(&holder.batch).await?;
     if !is_finished && now - holder.taken_at < LONGEST_CALL {
         return Err(busy(holder));
@@ -258,6 +294,7 @@ async fn settle(adapters: &Adapters, holder: &Holder, now: i64, metric_calls: &m
         return Ok(if is_finished { Settled::All } else { Settled::Only(HashSet::new()) });
     };
     if !is_finished {
+        call.check_time_for_metrics()?;
         if !readings.resume(&holder.batch, now, LONGEST_CALL).await? {
             return Err(busy(holder));
         }
@@ -277,11 +314,13 @@ async fn store(
     adapters: &Adapters,
     batch: &str,
     samples: &[&Sample],
-    now: i64,
+    call: Call,
     tally: &mut Tally,
 ) -> Result<(), Error> {
+    let now = call.now;
     adapters.history.write(batch, samples.iter().copied()).await?;
     tally.objects += 1;
+    call.check_time_for_metrics()?;
     tally.metric_calls += adapters.metrics.add(samples.iter().copied(), now).await?;
     finish(&adapters.readings, batch, now).await;
     Ok(())
@@ -293,5 +332,56 @@ async fn finish(readings: &Readings, batch: &str, now: i64) {
     for _ in 0..FINISHES {
         let Err(error) = readings.finish(batch, now).await else { return };
         tracing::warn!(batch, error = error.name.as_str(), message = error.message);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use aws_config::{BehaviorVersion, Region, SdkConfig};
+    use aws_smithy_http_client::test_util::infallible_client_fn;
+    use std::sync::{Arc, Mutex};
+
+    /// Which services are called when a batch is stored in a call of that age, and how that ends.
+    async fn stored(age: Duration) -> (Vec<String>, Result<(), Error>) {
+        let calls = Arc::new(Mutex::new(Vec::new()));
+        let noted = Arc::clone(&calls);
+        let http = infallible_client_fn(move |request: ureq::http::Request<_>| {
+            let host = request.uri().host().unwrap_or_default().split('.').find(|part| *part != "x");
+            noted.lock().unwrap().push(host.unwrap_or_default().to_owned());
+            ureq::http::Response::builder().body("{}").unwrap()
+        });
+        let config = SdkConfig::builder().behavior_version(BehaviorVersion::latest()).http_client(http);
+        let credentials = aws_sdk_s3::config::Credentials::for_tests();
+        let credentials = aws_sdk_s3::config::SharedCredentialsProvider::new(credentials);
+        let config = config.region(Region::from_static("eu-west-1")).credentials_provider(credentials).build();
+        let places = Places {
+            monitoring_table: "x".into(),
+            batches_table: "x".into(),
+            reading_days: 1,
+            bucket: "x".into(),
+        };
+        let sample = Sample {
+            device: "a".parse().unwrap(),
+            time: 1_700_000_000_000,
+            id: "r".parse().unwrap(),
+            temperature: 21.0,
+            humidity: 50.0,
+            building: "1".parse().unwrap(),
+            received_at: 1_700_000_000_000,
+        };
+        let call = Call { began: Instant::now().checked_sub(age).unwrap(), now: 1_700_000_000_000 };
+        let result = store(&Adapters::new(&config, places), "batch", &[&sample], call, &mut Tally::default()).await;
+        let calls = calls.lock().unwrap().clone();
+        (calls, result)
+    }
+
+    #[tokio::test]
+    async fn metrics_are_left_to_another_call_when_this_one_may_be_ended_before_it_can_note_them() {
+        let (calls, result) = stored(Duration::ZERO).await;
+        assert_eq!((calls, result), (["s3", "monitoring", "dynamodb"].map(str::to_owned).to_vec(), Ok(())));
+        let (calls, result) = stored(LATEST_METRICS).await;
+        assert_eq!(calls, ["s3"]);
+        assert!(result.unwrap_err().name.is_transient());
     }
 }
