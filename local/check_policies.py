@@ -17,7 +17,13 @@ from samtranslator.translator.transform import transform
 from samtranslator.yaml_helper import yaml_parse
 
 REGION, ACCOUNT = "eu-west-1", "111122223333"
-PSEUDO_PARAMETERS = {"AWS::Partition": "aws", "AWS::Region": REGION, "AWS::AccountId": ACCOUNT, "AWS::StackName": "stack"}
+PSEUDO_PARAMETERS = {
+    "AWS::Partition": "aws",
+    "AWS::Region": REGION,
+    "AWS::AccountId": ACCOUNT,
+    "AWS::StackName": "stack",
+    "AWS::URLSuffix": "amazonaws.com",
+}
 # What a resource's ARN looks like, and the types whose `Ref` is their ARN.
 ARNS = {
     "AWS::DynamoDB::Table": f"arn:aws:dynamodb:{REGION}:{ACCOUNT}:table/{{}}",
@@ -33,7 +39,10 @@ ARNS = {
 }
 REF_IS_ARN = ("AWS::SNS::Topic", "AWS::StepFunctions::StateMachine")
 # Parameters whose default is empty.
-PARAMETERS = {"SettingsApiKeySecretArn": f"arn:aws:secretsmanager:{REGION}:{ACCOUNT}:secret:key-AbCdEf"}
+PARAMETERS = {
+    "SettingsApiKeySecretArn": f"arn:aws:secretsmanager:{REGION}:{ACCOUNT}:secret:key-AbCdEf",
+    "SettingsApiKmsKeyArn": f"arn:aws:kms:{REGION}:{ACCOUNT}:key/11111111-2222-3333-4444-555555555555",
+}
 
 # The findings that stand all the same, each with its reason.
 BATCH = "of SAM's SQSPollerPolicy; it allows nothing, for batches are checked as the actions without `Batch`"

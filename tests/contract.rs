@@ -501,6 +501,11 @@ fn every_message_from_outside_goes_through_a_queue_with_a_dead_letter_queue() {
         } else if name != "DeadLetterQueue" {
             let target = &queue["Properties"]["RedrivePolicy"]["deadLetterTargetArn"];
             assert_eq!(target, "DeadLetterQueue.Arn", "{name}");
+            // Throttling counts as receiving; a message comes back once a minute or less, and more than an hour of it loses none.
+            let timeout = queue["Properties"]["VisibilityTimeout"].as_u64().expect("a time-out");
+            let receives = queue["Properties"]["RedrivePolicy"]["maxReceiveCount"].as_u64().expect("a count");
+            let kept = queue["Properties"]["MessageRetentionPeriod"].as_u64().expect("a time");
+            assert!(receives == 100 && receives * timeout >= 90 * 60 && receives * timeout < kept, "{name}");
             let mapping = &resources("AWS::Lambda::EventSourceMapping")[&format!("{name}Mapping")]["Properties"];
             assert_eq!(mapping["FunctionResponseTypes"], serde_json::json!(["ReportBatchItemFailures"]), "{name}");
             assert!(resources("AWS::CloudWatch::Alarm").contains_key(&format!("{name}AgeAlarm")), "{name}");
@@ -510,6 +515,38 @@ fn every_message_from_outside_goes_through_a_queue_with_a_dead_letter_queue() {
         let actions = rule["Properties"]["TopicRulePayload"]["Actions"].as_array().expect("actions").clone();
         let kind = if name == "FailedUpdatesLogRule" { "CloudwatchLogs" } else { "Sqs" };
         assert!(actions.iter().all(|action| action.get(kind).is_some()), "{name}");
+    }
+}
+
+/// A deployment that fails leaves nothing behind that its repetition would stumble over
+/// (<https://docs.aws.amazon.com/AWSCloudFormation/latest/UserGuide/aws-attribute-deletionpolicy.html>).
+#[test]
+fn what_outlives_the_stack_does_not_outlive_its_failed_creation() {
+    let template = template();
+    let kept: Vec<_> = template["Resources"]
+        .as_object()
+        .expect("resources")
+        .iter()
+        .filter(|(_, resource)| resource["UpdateReplacePolicy"] == "Retain")
+        .inspect(|(name, resource)| assert_eq!(resource["DeletionPolicy"], "RetainExceptOnCreate", "{name}"))
+        .collect();
+    let mut policies = Vec::new();
+    all(&template["Resources"], "DeletionPolicy", &mut policies);
+    assert_eq!(policies.iter().filter(|policy| **policy != "Delete").count(), kept.len());
+    assert!(kept.len() >= 8);
+}
+
+/// AWS counts without spaces (<https://docs.aws.amazon.com/general/latest/gr/iot-core.html#security-limits>).
+#[test]
+fn policies_of_devices_are_as_long_as_aws_takes() {
+    for (name, policy) in resources("AWS::IoT::Policy") {
+        let document = policy["Properties"]["PolicyDocument"].to_string();
+        let longest = document
+            .replace("${AWS::Partition}", "aws-us-gov")
+            .replace("${AWS::Region}", "ap-southeast-1")
+            .replace("${AWS::AccountId}", "000000000000")
+            .replace("${!", "${");
+        assert!(longest.len() <= 2048, "{name}: {}", longest.len());
     }
 }
 
@@ -682,7 +719,11 @@ fn a_role_allows_what_its_function_calls_and_nothing_else() {
         ),
         (
             "GetDeviceSettingsFunction",
-            &["dynamodb:UpdateItem on SettingsTable.Arn", "secretsmanager:GetSecretValue on SettingsApiKeySecretArn"],
+            &[
+                "dynamodb:UpdateItem on SettingsTable.Arn",
+                "kms:Decrypt on SettingsApiKmsKeyArn",
+                "secretsmanager:GetSecretValue on SettingsApiKeySecretArn",
+            ],
         ),
         (
             "StartWorkflowFunction",
@@ -786,6 +827,7 @@ fn a_role_allows_what_its_function_calls_and_nothing_else() {
                 "iot:UpdateThing on iot:thing/*",
                 "s3:GetObject on ${FirmwareBucket.Arn}/*",
                 "s3:GetObject on ${JobDataBucket.Arn}/*",
+                "s3:ListBucket on JobDataBucket.Arn",
                 "s3:PutObject on ${JobDataBucket.Arn}/*",
                 "states:SendTaskFailure on ConfigPush",
                 "states:SendTaskFailure on FirmwareUpgrade",

@@ -158,7 +158,10 @@ async fn a_continuous_job_on_a_dynamic_group() {
     let prefix = first[0].thing.as_str().rsplit_once('-').unwrap().0.to_owned();
     let group = format!("outdated-{prefix}");
     // With a space, as the public sample writes it; recovery.rs has one without.
-    let query = "thingName:dynamic-* AND NOT attributes.firmwareVersion: 2.0.0";
+    let query = format!(
+        "thingTypeName:{} AND thingName:dynamic-* AND NOT attributes.firmwareVersion: 2.0.0",
+        cloud.output("ThingTypeName")
+    );
     let create = cloud.iot.create_dynamic_thing_group().thing_group_name(&group).query_string(query);
     let target = create.send().await.expect("a dynamic group").thing_group_arn.unwrap();
     let members = || async {
