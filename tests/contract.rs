@@ -536,6 +536,22 @@ fn what_outlives_the_stack_does_not_outlive_its_failed_creation() {
     assert!(kept.len() >= 8);
 }
 
+/// A query that only says what a thing is not finds every other thing of the account.
+#[test]
+fn the_group_of_the_readme_holds_devices_of_the_stack_only() {
+    let readme = read("README.md");
+    let queries: Vec<_> = readme.lines().filter(|line| line.contains("NOT attributes.")).collect();
+    assert!(!queries.is_empty());
+    for query in queries {
+        assert!(query.contains("\"thingTypeName:$(output ThingTypeName) AND "), "{query}");
+    }
+    let sensors = readme.lines().find(|line| line.contains("output MonitoringDevicePolicyName)\" --thing-type"));
+    assert!(
+        sensors.is_some_and(|line| line.ends_with("\"$(output SensorTypeName)\"")),
+        "sensors have a type of their own"
+    );
+}
+
 /// AWS counts without spaces (<https://docs.aws.amazon.com/general/latest/gr/iot-core.html#security-limits>).
 #[test]
 fn policies_of_devices_are_as_long_as_aws_takes() {

@@ -96,7 +96,7 @@ impl Demo<'_> {
         command
             .args(["--count", &self.options.devices.to_string(), "--prefix", "sensor"])
             .args(["--policy", self.outputs.get("MonitoringDevicePolicyName")?])
-            .args(["--thing-type", self.outputs.get("ThingTypeName")?])
+            .args(["--thing-type", self.outputs.get("SensorTypeName")?])
             .args(["--attribute", &format!("building={BUILDING}"), "--protocol", "json", "--no-external-id"]);
         self.run("provision", &mut command).map(drop)
     }
