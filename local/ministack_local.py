@@ -10,6 +10,8 @@ import job_retries
 import metering
 import ministack.services.lambda_svc as lambda_svc
 import schedule_times
+import session_tokens
+import strict_values
 import thing_versions
 import topic_decoding
 from ministack.app import main
@@ -32,6 +34,8 @@ event_source_batches.install()
 job_retries.install()
 metering.install()
 schedule_times.install()
+session_tokens.install()
+strict_values.install()
 thing_versions.install()
 topic_decoding.install()
 

@@ -5,6 +5,7 @@ use aws_sdk_iot::Client;
 use aws_sdk_iot::error::{ProvideErrorMetadata, SdkError};
 use aws_sdk_iot::types::{AttributePayload, CertificateStatus, Tag, ThingGroupProperties};
 use mqtt_connection::with_causes;
+use protocol::fields::{ATTRIBUTE_NAME, ATTRIBUTE_VALUE, Field};
 use protocol::recovery::UPDATE_REPORTS_TOPIC;
 use protocol::{ProtocolName, ThingName};
 use rcgen::{CertificateParams, DnType, KeyPair};
@@ -141,27 +142,31 @@ impl DevicePolicy {
     }
 }
 
-/// Reads `NAME=VALUE`, an attribute that a thing may have
-/// (<https://docs.aws.amazon.com/iot/latest/apireference/API_AttributePayload.html>).
+/// Reads `NAME=VALUE`, an attribute that a thing may have.
 pub fn attribute(text: &str) -> Result<(String, String), String> {
-    let allowed = |text: &str, more: &str| {
-        text.chars().all(|c| c.is_ascii_alphanumeric() || "_.,@/:#-".contains(c) || more.contains(c))
-    };
     let (name, value) = text.split_once('=').ok_or_else(|| format!("{text:?}: expected NAME=VALUE"))?;
     if OWN_ATTRIBUTES.contains(&name) {
         return Err(format!("{name} is set by the simulator itself"));
     }
-    if !(1..=128).contains(&name.len()) || !allowed(name, "") {
-        return Err(format!(
-            "{name:?} is no attribute's name: expected 1 to 128 characters of a-z A-Z 0-9 _ . , @ / : # -"
-        ));
-    }
-    if value.len() > 800 || !allowed(value, "=[]") {
-        return Err(format!(
-            "{value:?} is no attribute's value: expected at most 800 characters of a-z A-Z 0-9 _ . , @ / : # = [ ] -"
-        ));
-    }
+    checked(&ATTRIBUTE_NAME, name)?;
+    checked(&ATTRIBUTE_VALUE, value)?;
     Ok((name.to_owned(), value.to_owned()))
+}
+
+fn checked(field: &Field, text: &str) -> Result<(), String> {
+    field.check(text).map_err(|error| format!("{text:?} is no {}: {error}", field.name))
+}
+
+/// What the things get as attributes beside the further ones, which [`attribute`] has checked.
+fn check_own_attributes(options: &ProvisionOptions) -> Result<(), ProvisionError> {
+    let unfit = |name: &str| {
+        let what = format!("no thing is registered: {name}");
+        move |error: String| ProvisionError::new(what, error)
+    };
+    checked(&ATTRIBUTE_VALUE, &options.firmware_version).map_err(unfit("firmwareVersion"))?;
+    let mut external_ids =
+        options.external_id.iter().flat_map(|template| options.things.iter().map(|thing| external_id(template, thing)));
+    external_ids.try_for_each(|id| checked(&ATTRIBUTE_VALUE, &id)).map_err(unfit("externalId"))
 }
 
 fn external_id(template: &str, thing: &ThingName) -> String {
@@ -189,6 +194,7 @@ pub async fn provision(
     options: ProvisionOptions,
     on_device: impl Fn(&ThingName),
 ) -> Result<Provisioned, ProvisionError> {
+    check_own_attributes(&options)?;
     if let Some(group) = &options.thing_group {
         create_group(client, group).await?;
     }

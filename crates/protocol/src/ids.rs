@@ -1,20 +1,25 @@
 //! Names of things, jobs and operations, valid from the moment they exist.
 
+use crate::fields::{Characters, Field, JOB_ID, THING_NAME};
 use serde::{Deserialize, Serialize};
 use std::{fmt, str::FromStr};
 
 /// A text that is no valid id.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{value:?} is no {kind}: expected 1 to {max} characters of {allowed}")]
+#[error("{value:?} is no {kind}: expected {expected}")]
 pub struct InvalidId {
     kind: &'static str,
     value: String,
-    max: usize,
-    allowed: &'static str,
+    expected: String,
+}
+
+/// An id of ours: no API of AWS knows it.
+const fn ours(name: &'static str, max: usize, punctuation: &'static str) -> Field {
+    Field { name, characters: Characters::Ascii(punctuation), max, is_required: true }
 }
 
 macro_rules! id {
-    ($(#[$doc:meta])* $name:ident, $kind:literal, $max:literal, $allowed:literal, $extra:literal) => {
+    ($(#[$doc:meta])* $name:ident, $field:expr) => {
         $(#[$doc])*
         #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
         #[serde(try_from = "String", into = "String")]
@@ -31,13 +36,10 @@ macro_rules! id {
             type Err = InvalidId;
 
             fn from_str(text: &str) -> Result<Self, InvalidId> {
-                let allowed = |c: char| c.is_ascii_alphanumeric() || $extra.contains(c);
-                if (1..=$max).contains(&text.len()) && text.chars().all(allowed) {
-                    Ok(Self(text.to_owned()))
-                } else {
-                    let value = text.chars().take(200).collect();
-                    Err(InvalidId { kind: $kind, value, max: $max, allowed: $allowed })
-                }
+                const FIELD: Field = $field;
+                let Err(error) = FIELD.check(text) else { return Ok(Self(text.to_owned())) };
+                let value = text.chars().take(200).collect();
+                Err(InvalidId { kind: FIELD.name, value, expected: error.expected().to_owned() })
             }
         }
 
@@ -66,52 +68,52 @@ macro_rules! id {
 id! {
     /// A thing's name in the AWS IoT registry, which is its MQTT client id too
     /// (pattern of the `CreateThing` API).
-    ThingName, "thing name", 128, "a-z A-Z 0-9 : _ -", ":_-"
+    ThingName, THING_NAME
 }
 id! {
     /// An AWS IoT job's id (pattern of the `CreateJob` API).
-    JobId, "job id", 64, "a-z A-Z 0-9 _ -", "_-"
+    JobId, JOB_ID
 }
 id! {
     /// One thing that one device is asked to do. Never used twice for a thing: a job's operation is the
     /// job's id and the number of its execution.
-    OperationId, "operation id", 128, "a-z A-Z 0-9 : _ . @ -", ":_.@-"
+    OperationId, ours("operation id", 128, ":_.@-")
 }
 
 id! {
     /// A setting of a device, such as `SET_TEMP`.
-    SettingName, "setting name", 40, "a-z A-Z 0-9 _", "_"
+    SettingName, ours("setting name", 40, "_")
 }
 
 id! {
     /// A customer whose workers run jobs on premises. It is the first level of topics and the beginning of its workers'
     /// client ids, so it has no punctuation.
-    Tenant, "tenant", 32, "a-z A-Z 0-9", ""
+    Tenant, ours("tenant", 32, "")
 }
 
 id! {
     /// A worker on premises; of all those of its tenant no other has this name.
-    WorkerName, "worker name", 64, "a-z A-Z 0-9 _ -", "_-"
+    WorkerName, ours("worker name", 64, "_-")
 }
 
 id! {
     /// What a worker can do with a job, such as `add`.
-    HandlerName, "handler name", 64, "a-z A-Z 0-9 _ -", "_-"
+    HandlerName, ours("handler name", 64, "_-")
 }
 
 id! {
     /// A sensor: a thing that reports on itself, or one that a thing reports for.
-    SensorId, "sensor", 128, "a-z A-Z 0-9 : _ -", ":_-"
+    SensorId, ours("sensor", 128, ":_-")
 }
 
 id! {
     /// Where sensors are; the end of their topics.
-    Building, "building", 64, "a-z A-Z 0-9 _ -", "_-"
+    Building, ours("building", 64, "_-")
 }
 
 id! {
     /// Tells a reading from the others of its sensor.
-    ReadingId, "reading id", 64, "a-z A-Z 0-9 _ -", "_-"
+    ReadingId, ours("reading id", 64, "_-")
 }
 
 /// A thing that is a sensor itself.

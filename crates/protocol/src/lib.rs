@@ -6,6 +6,7 @@
 
 mod device;
 pub mod events;
+pub mod fields;
 mod ids;
 pub mod job;
 mod json;

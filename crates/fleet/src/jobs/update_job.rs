@@ -5,12 +5,10 @@ use crate::queue::json;
 use crate::{Error, ErrorName};
 use aws_sdk_iotjobsdataplane::types::JobExecutionStatus;
 use protocol::events::{EventType, UpgradeEvent};
+use protocol::fields::STATUS_DETAIL;
 use protocol::job::UpgradeInput;
 use serde::Deserialize;
 use std::collections::HashMap;
-
-/// A status detail's length (<https://docs.aws.amazon.com/iot/latest/apireference/API_iot-jobs-data_UpdateJobExecution.html>).
-const MAX_DETAIL_CHARACTERS: usize = 1024;
 
 /// What shall become of a job execution.
 #[derive(Debug, PartialEq, Eq)]
@@ -30,9 +28,17 @@ pub async fn handle(jobs: &aws_sdk_iotjobsdataplane::Client, body: &str) -> Resu
         .thing_name(event.thing_name.as_str())
         .execution_number(event.execution_number)
         .status(update.status.clone())
-        .set_step_timeout_in_minutes(update.timer)
-        .set_status_details(Some(details(&event)));
-    let outcome = match request.send().await {
+        .set_step_timeout_in_minutes(update.timer);
+    let sent = match request.clone().set_status_details(Some(details(&event))).send().await {
+        // Unicode grows, and with it what AWS may not know: a job execution must not hang for a word.
+        Err(error) if code(&error) == Some("InvalidRequestException") => {
+            let (thing, job) = (event.thing_name.as_str(), event.job_id.as_str());
+            tracing::warn!(thing, job, details = ?details(&event), %error, "told without its details, which were refused");
+            request.send().await
+        }
+        sent => sent,
+    };
+    let outcome = match sent {
         Ok(_) => "APPLIED",
         Err(error) => match code(&error) {
             // Final already (this is a repeat, or somebody cancelled it), or deleted.
@@ -104,7 +110,7 @@ fn update(event: &UpgradeEvent) -> Option<Update> {
     }
 }
 
-/// Values may hold no control characters.
+/// Whatever a device or a service said, in what a status detail takes.
 fn details(event: &UpgradeEvent) -> HashMap<String, String> {
     [
         ("firmwareVersion", Some(event.firmware_version.as_str())),
@@ -113,10 +119,7 @@ fn details(event: &UpgradeEvent) -> HashMap<String, String> {
         ("step", event.step.as_deref()),
     ]
     .into_iter()
-    .filter_map(|(name, value)| {
-        let text: String = value?.chars().filter(|c| !c.is_control()).take(MAX_DETAIL_CHARACTERS).collect();
-        (!text.is_empty()).then(|| (name.to_owned(), text))
-    })
+    .filter_map(|(name, value)| Some((name.to_owned(), STATUS_DETAIL.fit(value?)?)))
     .collect()
 }
 
@@ -126,8 +129,10 @@ mod tests {
     use aws_sdk_iotjobsdataplane::operation::update_job_execution::{
         UpdateJobExecutionError, UpdateJobExecutionOutput,
     };
-    use aws_sdk_iotjobsdataplane::types::error::{InvalidStateTransitionException, ThrottlingException};
-    use aws_smithy_mocks::{mock, mock_client};
+    use aws_sdk_iotjobsdataplane::types::error::{
+        InvalidRequestException, InvalidStateTransitionException, ThrottlingException,
+    };
+    use aws_smithy_mocks::{RuleMode, mock, mock_client};
     use serde_json::json;
 
     fn event(kind: &str, reason: Option<&str>) -> UpgradeEvent {
@@ -178,17 +183,39 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn details_are_told_without_control_characters() {
+    async fn details_are_told_in_characters_that_aws_takes() {
         let updated = mock!(aws_sdk_iotjobsdataplane::Client::update_job_execution)
             .match_requests(|request| {
                 let details = request.status_details().unwrap();
-                details["reason"] == "InstallFailed" && details["cause"] == "linebreak" && !details.contains_key("step")
+                details["reason"] == "InstallFailed"
+                    && details["cause"] == "line break"
+                    && !details.contains_key("step")
             })
             .then_output(|| UpdateJobExecutionOutput::builder().build());
         let client = mock_client!(aws_sdk_iotjobsdataplane, [&updated]);
         let body = serde_json::to_string(&event("FIRMWARE_UPGRADE_FAIL", Some("InstallFailed"))).unwrap();
         assert_eq!(handle(&client, &body).await, Ok(()));
         assert_eq!(updated.num_calls(), 1);
+    }
+
+    #[tokio::test]
+    async fn details_that_are_refused_all_the_same_are_left_out() {
+        let refused = mock!(aws_sdk_iotjobsdataplane::Client::update_job_execution)
+            .match_requests(|request| request.status_details().is_some())
+            .then_error(|| {
+                let code = aws_sdk_iotjobsdataplane::error::ErrorMetadata::builder().code("InvalidRequestException");
+                let error = InvalidRequestException::builder().meta(code.build());
+                UpdateJobExecutionError::InvalidRequestException(error.build())
+            });
+        let told = mock!(aws_sdk_iotjobsdataplane::Client::update_job_execution)
+            .match_requests(|request| {
+                request.status_details().is_none() && request.status() == Some(&JobExecutionStatus::Failed)
+            })
+            .then_output(|| UpdateJobExecutionOutput::builder().build());
+        let client = mock_client!(aws_sdk_iotjobsdataplane, RuleMode::MatchAny, [&refused, &told]);
+        let body = serde_json::to_string(&event("FIRMWARE_UPGRADE_FAIL", Some("InstallFailed"))).unwrap();
+        assert_eq!(handle(&client, &body).await, Ok(()));
+        assert_eq!((refused.num_calls(), told.num_calls()), (1, 1));
     }
 
     #[tokio::test]
