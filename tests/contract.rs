@@ -109,6 +109,22 @@ fn a_function_is_named_after_its_binary_and_its_binary_after_its_module() {
     }
 }
 
+/// A stack's name has up to 128 characters, and these names stand in it as they are.
+#[test]
+fn names_of_the_template_fit_whatever_the_stack_is_called() {
+    let template = resources("AWS::IoT::JobTemplate").remove("FirmwareJobTemplate").expect("the job template");
+    let id = &template["Properties"]["JobTemplateId"];
+    let text = id[0].as_str().expect("a text with two variables");
+    assert_eq!(id[1]["StackUuid"], serde_json::json!([2, ["/", "AWS::StackId"]]), "the UUID of the stack");
+    let longest = text.replace("${StackUuid}", &"x".repeat(36)).replace("${JobTimeoutMinutes}", "10080");
+    assert_eq!(protocol::fields::JOB_ID.check(&longest), Ok(()), "{longest}");
+    for (name, group) in resources("AWS::Logs::LogGroup") {
+        // https://docs.aws.amazon.com/AmazonCloudWatchLogs/latest/APIReference/API_CreateLogGroup.html
+        let text = group["Properties"]["LogGroupName"].as_str().unwrap_or_default();
+        assert!(text.replace("${AWS::StackName}", &"x".repeat(128)).len() <= 512, "{name}");
+    }
+}
+
 #[test]
 fn contexts_meet_only_in_messages() {
     let contexts = ["jobs", "workflows", "devices", "recovery", "telemetry"];

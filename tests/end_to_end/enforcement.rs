@@ -207,6 +207,7 @@ const CALLS: &[&str] = &[
     "s3:GetObject FirmwareBucket",
     "s3:GetObject JobDataBucket",
     "s3:GetObject TelemetryBucket",
+    "s3:GetObjectVersion FirmwareBucket",
     "s3:ListBucket FirmwareBucket",
     "s3:ListBucket JobDataBucket",
     "s3:ListBucket TelemetryBucket",
@@ -281,6 +282,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "iot:DescribeJob job",
             "iot:DescribeJobTemplate FirmwareJobTemplate",
             "s3:GetObject FirmwareBucket",
+            "s3:GetObjectVersion FirmwareBucket",
             "s3:ListBucket FirmwareBucket",
         ],
     ),
@@ -338,6 +340,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "iot:UpdateThing thing",
             "s3:GetObject FirmwareBucket",
             "s3:GetObject JobDataBucket",
+            "s3:GetObjectVersion FirmwareBucket",
             "s3:PutObject JobDataBucket",
         ],
     ),
@@ -606,6 +609,9 @@ async fn call_s3(config: &SdkConfig, action: &str, bucket: &str) -> Option<Strin
     match action {
         "DeleteObject" => code(client.delete_object().bucket(bucket).key("no-such-key").send().await),
         "GetObject" => code(client.get_object().bucket(bucket).key("no-such-key").send().await),
+        "GetObjectVersion" => {
+            code(client.get_object().bucket(bucket).key("no-such-key").version_id("none").send().await)
+        }
         "ListBucket" => code(client.list_objects_v2().bucket(bucket).max_keys(1).send().await),
         // Only an object that is not there would be replaced.
         "PutObject" => code(client.put_object().bucket(bucket).key("no-such-key").if_match("never").send().await),

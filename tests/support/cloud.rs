@@ -120,7 +120,7 @@ impl Cloud {
 
     /// Puts a random image of that size into the firmware bucket.
     pub async fn upload(&self, version: &str, size: usize) -> Image {
-        let bytes: Vec<u8> = uuid::Uuid::new_v4().into_bytes().into_iter().cycle().take(size).collect();
+        let bytes = random_bytes(size);
         let sha256: String = Sha256::digest(&bytes).iter().map(|byte| format!("{byte:02x}")).collect();
         let key = format!("firmware/{}/{version}", uuid::Uuid::new_v4().simple());
         let put = self.s3.put_object().bucket(self.output("FirmwareBucketName")).key(&key).body(bytes.into());
@@ -211,10 +211,11 @@ impl Cloud {
         if output.function_error().is_some() { Err((text("errorType"), text("errorMessage"))) } else { Ok(body) }
     }
 
-    /// Upgrades a target to an image; the job's id.
+    /// Upgrades a target to an image, all devices at once and whatever fails; the job's id.
     pub async fn create_job(&self, target: &str, image: &Image, extra: Value) -> String {
         let mut payload = json!({
             "firmwareVersion": image.version, "upgradeTrigger": "test", "targetArn": target, "artifact": image.artifact,
+            "rollout": {"maximumPerMinute": 1000}, "abort": {"percentage": 100, "minimumExecuted": 1000},
         });
         if let (Value::Object(payload), Value::Object(extra)) = (&mut payload, extra) {
             payload.extend(extra);
@@ -384,6 +385,11 @@ impl Cloud {
         })
         .await
     }
+}
+
+/// Bytes that no other call returns.
+pub fn random_bytes(size: usize) -> Vec<u8> {
+    uuid::Uuid::new_v4().into_bytes().into_iter().cycle().take(size).collect()
 }
 
 /// A step's item in the rendezvous table.

@@ -59,6 +59,11 @@ impl ScriptedDevice {
         self.device.publish(message).await;
     }
 
+    /// The protocol that it speaks.
+    pub fn protocol(&self) -> ProtocolName {
+        self.protocol
+    }
+
     /// How it encodes its messages.
     pub fn encoding(&self) -> &'static dyn DeviceProtocol {
         self.protocol.encoding()

@@ -24,6 +24,9 @@ pub struct Artifact {
     /// The key in the bucket.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub key: Option<String>,
+    /// The version of the object: whatever becomes of the key meanwhile, devices get this one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub version_id: Option<String>,
     /// SHA-256 of the image, 64 hexadecimal digits.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sha256: Option<String>,

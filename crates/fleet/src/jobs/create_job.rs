@@ -1,5 +1,6 @@
 //! Makes an AWS IoT job out of a user's payload.
 
+use super::image;
 use crate::error::{aws, code, unbuilt};
 use crate::{Error, ErrorName};
 use aws_sdk_iot::operation::describe_job_template::DescribeJobTemplateOutput;
@@ -8,7 +9,7 @@ use aws_sdk_iot::types::{
     JobExecutionsRolloutConfig, RateIncreaseCriteria, RetryCriteria, RetryableFailureType, TargetSelection,
     TimeoutConfig,
 };
-use base64::{Engine, prelude::BASE64_STANDARD};
+use protocol::fields::ATTRIBUTE_VALUE;
 use protocol::job::{Artifact, JobDocument};
 use protocol::{JobId, ProtocolName};
 use serde::{Deserialize, Serialize};
@@ -86,7 +87,7 @@ pub enum Selection {
 }
 
 /// How fast devices are told of a job.
-#[derive(Debug, Clone, Deserialize, Serialize)]
+#[derive(Debug, Clone, PartialEq, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Rollout {
     /// At most so many devices a minute.
@@ -98,7 +99,7 @@ pub struct Rollout {
 }
 
 /// A rollout that gathers speed.
-#[derive(Debug, Clone, Deserialize, Serialize)]
+#[derive(Debug, Clone, PartialEq, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct ExponentialRate {
     /// Devices a minute at first.
@@ -114,7 +115,7 @@ pub struct ExponentialRate {
 }
 
 /// When to give the whole job up.
-#[derive(Debug, Clone, Deserialize, Serialize)]
+#[derive(Debug, Clone, PartialEq, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Abort {
     /// If this percentage of devices has failed …
@@ -124,13 +125,32 @@ pub struct Abort {
 }
 
 /// What the caller gets.
-#[derive(Debug, PartialEq, Eq, Serialize)]
+#[derive(Debug, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Output {
     /// The job's id.
     pub job_id: JobId,
     /// Its ARN.
     pub job_arn: String,
+    /// How fast devices are told, whoever has said so.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rollout: Option<Rollout>,
+    /// When the job is given up.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub abort: Option<Abort>,
+}
+
+impl Output {
+    fn new(
+        job_id: JobId,
+        job_arn: Option<String>,
+        rollout: Option<&JobExecutionsRolloutConfig>,
+        abort: Option<&AbortConfig>,
+    ) -> Self {
+        let rollout = rollout.map(Rollout::from);
+        let abort = abort.and_then(|config| config.criteria_list.first()).map(Abort::from);
+        Self { job_id, job_arn: job_arn.unwrap_or_default(), rollout, abort }
+    }
 }
 
 /// Creates the job, or returns the one that the same payload has made before.
@@ -159,8 +179,8 @@ async fn create(
 ) -> Result<Output, Error> {
     let text = serde_json::to_string(document).map_err(unbuilt)?;
     let timeout = TimeoutConfig::builder().in_progress_timeout_in_minutes(i64::from(document.timeout_minutes)).build();
-    let rollout = input.rollout.as_ref().map(rollout_config).transpose()?;
-    let abort = input.abort.as_ref().map(abort_config).transpose()?;
+    let rollout = input.rollout.as_ref().map(rollout_config).transpose()?.or(template.job_executions_rollout_config);
+    let abort = input.abort.as_ref().map(abort_config).transpose()?.or(template.abort_config);
     let retries = input.retries.map(retry_config).transpose()?;
     let result = adapters
         .iot
@@ -174,13 +194,13 @@ async fn create(
             Some(Selection::Snapshot) | None => TargetSelection::Snapshot,
         })
         .timeout_config(timeout)
-        .set_job_executions_rollout_config(rollout.or(template.job_executions_rollout_config))
-        .set_abort_config(abort.or(template.abort_config))
+        .set_job_executions_rollout_config(rollout.clone())
+        .set_abort_config(abort.clone())
         .set_job_executions_retry_config(retries.or(template.job_executions_retry_config))
         .send()
         .await;
     match result {
-        Ok(output) => Ok(Output { job_id, job_arn: output.job_arn.unwrap_or_default() }),
+        Ok(output) => Ok(Output::new(job_id, output.job_arn, rollout.as_ref(), abort.as_ref())),
         Err(error) => match code(&error) {
             Some("ResourceAlreadyExistsException") => existing(adapters, job_id, &document.request_digest).await,
             Some("ResourceNotFoundException") => {
@@ -203,7 +223,9 @@ async fn existing(adapters: &Adapters, job_id: JobId, digest: &str) -> Result<Ou
     }
     let request = adapters.iot.describe_job().job_id(job_id.as_str());
     let job = request.send().await.map_err(|error| aws("iot:DescribeJob", &error))?.job;
-    Ok(Output { job_id, job_arn: job.and_then(|job| job.job_arn).unwrap_or_default() })
+    let (rollout, abort) =
+        job.as_ref().map_or((None, None), |job| (job.job_executions_rollout_config(), job.abort_config()));
+    Ok(Output::new(job_id, job.as_ref().and_then(|job| job.job_arn.clone()), rollout, abort))
 }
 
 /// The job template's document with what this job is about.
@@ -238,37 +260,18 @@ async fn document(
 /// not on every device.
 async fn artifact(adapters: &Adapters, input: &Input) -> Result<Artifact, Error> {
     let mut artifact = input.artifact.clone().unwrap_or_default();
+    artifact.sha256 = artifact.sha256.map(|text| image::sha256("artifact.sha256", &text)).transpose()?;
     if artifact.url.is_some() {
         return Ok(artifact);
     }
     let key = artifact.key.clone().unwrap_or_else(|| format!("firmware/{}", input.firmware_version));
-    let bucket = &adapters.stack.firmware_bucket;
-    let found = adapters.s3.head_object().bucket(bucket).key(&key).send().await.map_err(|error| {
-        if error.as_service_error().is_some_and(aws_sdk_s3::operation::head_object::HeadObjectError::is_not_found) {
-            let message = format!("artifact: s3://{bucket}/{key} does not exist; upload the image first");
-            return Error::new(ErrorName::ArtifactNotFound, message);
-        }
-        aws("s3:HeadObject", &error)
-    })?;
-    let length = found.content_length.and_then(|length| u64::try_from(length).ok());
-    if let (Some(given), Some(length)) = (artifact.size, length)
-        && given != length
-    {
-        return Err(Error::invalid("artifact.size", given, &format!("the object's {length} bytes")));
-    }
-    let metadata = |name: &str| found.metadata.as_ref().and_then(|metadata| metadata.get(name)).cloned();
-    artifact.size = artifact.size.or(length);
-    artifact.sha256 = artifact.sha256.or_else(|| metadata("sha256"));
-    artifact.signature = artifact.signature.or_else(|| metadata("signature"));
-    artifact.bucket = Some(bucket.clone());
-    artifact.key = Some(key);
-    Ok(artifact)
+    image::pin(&adapters.s3, &adapters.stack.firmware_bucket, key, artifact).await
 }
 
 /// Tells one request from another; the job id is no part of it.
 fn digest(input: &Input) -> Result<String, Error> {
     let canonical = serde_json::to_vec(input).map_err(unbuilt)?;
-    Ok(Sha256::digest(canonical).iter().map(|byte| format!("{byte:02x}")).collect())
+    Ok(image::hexadecimal(&Sha256::digest(canonical)))
 }
 
 fn generated_id() -> Result<JobId, Error> {
@@ -292,6 +295,27 @@ fn rollout_config(rollout: &Rollout) -> Result<JobExecutionsRolloutConfig, Error
         .set_maximum_per_minute(rollout.maximum_per_minute)
         .set_exponential_rate(rate.transpose().map_err(unbuilt)?)
         .build())
+}
+
+impl From<&JobExecutionsRolloutConfig> for Rollout {
+    fn from(config: &JobExecutionsRolloutConfig) -> Self {
+        let exponential_rate = config.exponential_rate.as_ref().map(|rate| {
+            let criteria = rate.rate_increase_criteria.as_ref();
+            ExponentialRate {
+                base_rate_per_minute: rate.base_rate_per_minute,
+                increment_factor: rate.increment_factor,
+                number_of_notified_things: criteria.and_then(|criteria| criteria.number_of_notified_things),
+                number_of_succeeded_things: criteria.and_then(|criteria| criteria.number_of_succeeded_things),
+            }
+        });
+        Self { maximum_per_minute: config.maximum_per_minute, exponential_rate }
+    }
+}
+
+impl From<&AbortCriteria> for Abort {
+    fn from(criteria: &AbortCriteria) -> Self {
+        Self { percentage: criteria.threshold_percentage, minimum_executed: criteria.min_number_of_executed_things }
+    }
 }
 
 fn retry_config(retries: i32) -> Result<JobExecutionsRetryConfig, Error> {
@@ -318,6 +342,11 @@ impl Input {
         if semver::Version::parse(&self.firmware_version).is_err() {
             let expected = "a semantic version such as 1.2.3";
             return Err(Error::invalid("firmwareVersion", quoted(&self.firmware_version), expected));
+        }
+        // A device that has upgraded gets its version as an attribute of its thing.
+        if let Err(error) = ATTRIBUTE_VALUE.check(&self.firmware_version) {
+            let expected = format!("a version that a thing's attribute can hold: {}", error.expected());
+            return Err(Error::invalid("firmwareVersion", quoted(&self.firmware_version), &expected));
         }
         let trigger = &self.upgrade_trigger;
         if !(1..=64).contains(&trigger.len())
@@ -364,6 +393,10 @@ impl Rollout {
         let Some(rate) = &self.exponential_rate else { return Ok(()) };
         in_range("rollout.exponentialRate.baseRatePerMinute", Some(rate.base_rate_per_minute), 1..=1000)?;
         in_range("rollout.exponentialRate.incrementFactor", Some(rate.increment_factor), 1.1..=5.0)?;
+        if !has_at_most_decimals(rate.increment_factor, 1) {
+            let field = "rollout.exponentialRate.incrementFactor";
+            return Err(Error::invalid(field, rate.increment_factor, "one digit after the decimal point, such as 1.5"));
+        }
         let field = "rollout.exponentialRate.numberOfNotifiedThings";
         in_range(field, rate.number_of_notified_things, 1..=i32::MAX)?;
         in_range("rollout.exponentialRate.numberOfSucceededThings", rate.number_of_succeeded_things, 1..=i32::MAX)?;
@@ -402,16 +435,18 @@ fn validate_artifact(artifact: &Artifact, stack: &Stack) -> Result<(), Error> {
         let expected = format!("the stack's bucket {}, the only one that it may sign for", stack.firmware_bucket);
         return Err(Error::invalid("artifact.bucket", quoted(bucket), &expected));
     }
-    let hex = |sha256: &String| sha256.len() == 64 && sha256.chars().all(|c| c.is_ascii_hexdigit());
-    if let Some(sha256) = artifact.sha256.as_ref().filter(|sha256| !hex(sha256)) {
-        return Err(Error::invalid("artifact.sha256", quoted(sha256), "64 hexadecimal digits"));
+    if let Some(version) = artifact.version_id.as_ref().filter(|version| artifact.url.is_some() || version.is_empty()) {
+        let expected = "the id of a version of an object in the stack's bucket";
+        return Err(Error::invalid("artifact.versionId", quoted(version), expected));
     }
     in_range("artifact.size", artifact.size, 1..=u64::MAX)?;
-    let signature = |text: &String| BASE64_STANDARD.decode(text).is_ok_and(|bytes| bytes.len() == 64);
-    if let Some(text) = artifact.signature.as_ref().filter(|text| !signature(text)) {
-        return Err(Error::invalid("artifact.signature", quoted(text), "an Ed25519 signature: 64 bytes in base64"));
-    }
-    Ok(())
+    artifact.sha256.as_ref().map_or(Ok(()), |text| image::sha256("artifact.sha256", text).map(|_| ()))?;
+    artifact.signature.as_ref().map_or(Ok(()), |text| image::signature("artifact.signature", text).map(|_| ()))
+}
+
+fn has_at_most_decimals(value: f64, decimals: i32) -> bool {
+    let scaled = value * 10_f64.powi(decimals);
+    (scaled - scaled.round()).abs() < 1e-6
 }
 
 fn in_range<T>(field: &str, value: Option<T>, range: RangeInclusive<T>) -> Result<(), Error>
@@ -426,7 +461,7 @@ where
     }
 }
 
-fn quoted(text: &str) -> String {
+pub(super) fn quoted(text: &str) -> String {
     format!("{:?}", text.chars().take(200).collect::<String>())
 }
 
@@ -470,7 +505,10 @@ mod tests {
     fn image_rule() -> aws_smithy_mocks::Rule {
         mock!(aws_sdk_s3::Client::head_object)
             .match_requests(|request| request.key() == Some("firmware/1.2.3"))
-            .then_output(|| HeadObjectOutput::builder().content_length(7).metadata("sha256", "ab".repeat(32)).build())
+            .then_output(|| {
+                let found = HeadObjectOutput::builder().content_length(7).version_id("v1");
+                found.metadata("sha256", "ab".repeat(32)).build()
+            })
     }
 
     fn adapters(iot: &[&aws_smithy_mocks::Rule], s3: &aws_smithy_mocks::Rule) -> Adapters {
@@ -488,6 +526,7 @@ mod tests {
                 let document: JobDocument = serde_json::from_str(request.document().unwrap()).unwrap();
                 document.artifact.key.as_deref() == Some("firmware/1.2.3")
                     && document.artifact.size == Some(7)
+                    && document.artifact.version_id.as_deref() == Some("v1")
                     && document.artifact.sha256 == Some("ab".repeat(32))
                     && document.timeout_minutes == 60
                     && request.targets() == [GROUP]
@@ -547,6 +586,10 @@ mod tests {
                 json!({"firmwareVersion": "1.2"}),
                 "firmwareVersion: got \"1.2\", expected a semantic version such as 1.2.3",
             ),
+            (
+                json!({"firmwareVersion": "1.1.0-rc.1+build5"}),
+                "firmwareVersion: got \"1.1.0-rc.1+build5\", expected a version that a thing's attribute can hold: at most 800",
+            ),
             (json!({"upgradeTrigger": ""}), "upgradeTrigger: got \"\", expected"),
             (json!({"targetArn": "arn:aws:iot:eu-west-2:000000000000:thing/a"}), "targetArn: got"),
             (json!({"targetArn": "arn:aws:iot:eu-west-1:000000000001:thing/a"}), "targetArn: got"),
@@ -571,6 +614,13 @@ mod tests {
             (json!({"artifact": {"url": "ftp://x"}}), "artifact.url: got \"ftp://x\""),
             (json!({"artifact": {"url": "https://x", "key": "k"}}), "artifact.url: got bucket or key too"),
             (json!({"artifact": {"bucket": "other", "key": "k"}}), "artifact.bucket: got \"other\""),
+            (
+                json!({"rollout": {"exponentialRate": {
+                    "baseRatePerMinute": 5, "incrementFactor": 1.55, "numberOfNotifiedThings": 1,
+                }}}),
+                "rollout.exponentialRate.incrementFactor: got 1.55, expected one digit",
+            ),
+            (json!({"artifact": {"url": "https://x", "versionId": "v"}}), "artifact.versionId: got \"v\""),
             (json!({"artifact": {"key": "k", "sha256": "abc"}}), "artifact.sha256: got \"abc\""),
             (json!({"artifact": {"key": "k", "signature": "abc"}}), "artifact.signature: got \"abc\""),
             (json!({"artifact": {"key": "k", "size": 0}}), "artifact.size: got 0"),

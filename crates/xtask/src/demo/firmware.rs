@@ -99,6 +99,9 @@ pub(super) fn demo(project: &Project, options: &DemoOptions) -> Result<()> {
         "upgradeTrigger": "manual",
         "targetArn": demo.outputs.get("ThingGroupArn")?,
         "artifact": artifact,
+        // All at once, and to the end: a demonstration shows its failures.
+        "rollout": { "maximumPerMinute": 1000 },
+        "abort": { "percentage": 100, "minimumExecuted": options.devices + 1 },
     }))?;
     let executions = demo.follow(&job, &fleet)?;
     // It ends by itself when each of its devices has an outcome; one that never answers has none.

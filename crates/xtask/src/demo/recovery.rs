@@ -133,6 +133,8 @@ impl Demo<'_> {
             "targetArn": answer["thingGroupArn"],
             "targetSelection": "CONTINUOUS",
             "retries": 10,
+            // Its devices fail often: that is no reason to stop.
+            "abort": { "percentage": 100, "minimumExecuted": 1000 },
             "artifact": artifact,
         }))
     }

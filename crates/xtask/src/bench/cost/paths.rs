@@ -146,7 +146,7 @@ impl<'a> Bench<'a> {
         let payload = self.stack.cloud.run.file(&format!("{name}.json"));
         let job = json!({
             "firmwareVersion": "2.0.0", "upgradeTrigger": "bench", "targetArn": group,
-            "artifact": artifact, "rollout": {"maximumPerMinute": 60},
+            "artifact": artifact, "rollout": {"maximumPerMinute": 60}, "abort": {"percentage": 100, "minimumExecuted": 1000},
         });
         fs::write(&payload, job.to_string())?;
         let mut invoke = self.stack.cloud.tool(self.stack.project, "aws");
