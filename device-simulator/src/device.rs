@@ -357,6 +357,10 @@ impl Life<'_> {
         let thing = self.thing();
         tracing::info!("{thing} <- download {} ({id})", firmware.version);
         let state = self.storage.state();
+        if self.storage.renew(&id, &firmware.url)? {
+            tracing::info!("{thing}: {id} goes on with a fresh address");
+            return Ok(Task::Begin);
+        }
         if state.has_seen(&id) {
             tracing::info!("{thing}: {id} is a repeat and starts nothing");
             self.repeat_acceptance(state.operation.filter(|running| running.id == id));
@@ -416,7 +420,10 @@ impl Life<'_> {
         };
         if !matches!(
             operation.phase,
-            OperationPhase::Started | OperationPhase::Downloading | OperationPhase::Transferred
+            OperationPhase::Started
+                | OperationPhase::Downloading
+                | OperationPhase::AddressExpired { .. }
+                | OperationPhase::Transferred
         ) {
             tracing::info!("{thing}: {id} cannot be cancelled any more");
             return Ok(Task::Nothing);
@@ -455,6 +462,11 @@ impl Life<'_> {
             OperationPhase::Downloading => {
                 self.show(Phase::Downloading);
                 return self.download(operation).await;
+            }
+            OperationPhase::AddressExpired { failure } => {
+                self.report(operation, Step::FirmwareTransferred, StepOutcome::Failed(failure.clone())).await;
+                // The same command with a fresh address, or a cancellation, ends this wait.
+                std::future::pending::<()>().await;
             }
             OperationPhase::Transferred => {
                 self.show(Phase::Transferred);
@@ -526,6 +538,10 @@ impl Life<'_> {
                 self.storage.update(|state| state.set_phase(OperationPhase::Transferred))?;
             }
             Err(DownloadError::Stopped) => return Ok(Next::PowerCut),
+            Err(DownloadError::Image(failure @ ImageFailure::AddressExpired(_))) if self.can_wait_for_address() => {
+                let failure = failure.report(self.device.spec.protocol);
+                self.storage.update(|state| state.set_phase(OperationPhase::AddressExpired { failure }))?;
+            }
             Err(DownloadError::Image(failure)) => self.fail(Step::FirmwareTransferred, &failure)?,
             Err(DownloadError::Disk(path, error)) => return Err(StorageError::new("write", &path)(error)),
         }
@@ -586,6 +602,11 @@ impl Life<'_> {
         let expected = image.sha256.clone();
         let digest = tokio::task::spawn_blocking(move || download::digest(&path)).await;
         Ok(matches!(digest, Ok(Ok(actual)) if Some(&actual) == expected.as_ref()))
+    }
+
+    /// USP has no word for it: there the operation is over when its download has failed.
+    fn can_wait_for_address(&self) -> bool {
+        self.device.spec.protocol == ProtocolName::Json
     }
 
     /// Sets the phase in which the failure is reported.
@@ -935,6 +956,40 @@ mod tests {
             }
             assert_eq!(ended(&device)[0].outcome, Outcome::Succeeded);
         }
+    }
+
+    #[tokio::test]
+    async fn a_device_whose_address_has_expired_goes_on_with_a_fresh_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let device = device(spec(folder.path(), &[]), None, true);
+        let storage = Storage::open(folder.path(), "1.0.0").unwrap();
+        let id: OperationId = "op-1".parse().unwrap();
+        storage.begin(id.clone(), firmware(), ReplyTo::default(), 0).unwrap();
+        std::fs::write(storage.partial(), b"half of it").unwrap();
+        let failure = ImageFailure::AddressExpired(403).report(ProtocolName::Json);
+        assert_eq!(failure.code, DeviceFailure::ADDRESS_EXPIRED);
+        storage.update(|state| state.set_phase(OperationPhase::AddressExpired { failure })).unwrap();
+        let (connection, _inbox) = Connection::open(Arc::clone(&device.connection));
+        let life = Life { device: &device, storage: &storage, connection: &connection };
+        {
+            let mut upgrade = pin!(life.upgrade());
+            let reported = select! {
+                biased;
+                _ = &mut upgrade => panic!("the device waits"),
+                publication = connection.acknowledge_next() => publication,
+            };
+            assert!(String::from_utf8_lossy(&reported.payload).contains("ADDRESS_EXPIRED"), "{reported:?}");
+        }
+        let fresh = Firmware { url: "http://127.0.0.1:1/fresh".to_owned(), ..firmware() };
+        // Another operation's address is none of this one's.
+        let other = life.receive_download("op-2".parse().unwrap(), fresh.clone(), ReplyTo::default());
+        assert!(matches!(other, Ok(Task::Nothing)));
+        let task = life.receive_download(id, fresh, ReplyTo::default());
+        assert!(matches!(task, Ok(Task::Begin)));
+        let operation = storage.operation().unwrap();
+        assert_eq!(operation.phase, OperationPhase::Downloading);
+        assert_eq!(operation.firmware.url, "http://127.0.0.1:1/fresh");
+        assert_eq!(std::fs::read(storage.partial()).unwrap(), b"half of it", "it goes on where it was");
     }
 
     #[tokio::test]

@@ -5,7 +5,7 @@ use base64::prelude::BASE64_STANDARD;
 use ed25519_dalek::{Signature, VerifyingKey};
 use mqtt_connection::with_causes;
 use protocol::{DeviceFailure, Firmware, ProtocolName, redacted};
-use reqwest::header::{CONTENT_RANGE, RANGE};
+use reqwest::header::{CONTENT_RANGE, ETAG, IF_MATCH, RANGE};
 use reqwest::{Response, StatusCode};
 use sha2::{Digest, Sha256};
 use std::fs::{File, OpenOptions};
@@ -18,12 +18,16 @@ use std::time::Duration;
 const ATTEMPTS: u32 = 6;
 const FIRST_RETRY: Duration = Duration::from_millis(500);
 const BUFFER_BYTES: usize = 64 * 1024;
+/// How much is read of what a server says when it refuses, in bytes.
+const REFUSAL_BYTES: usize = 4096;
 
 /// Why an image could not be used.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum ImageFailure {
     /// The server's answer will not get better.
     Status(u16),
+    /// The address is not good any more; a fresh one may be.
+    AddressExpired(u16),
     /// The link or the server failed too often.
     Transfer(String),
     SizeMismatch {
@@ -46,6 +50,7 @@ impl ImageFailure {
     fn name(&self) -> String {
         match self {
             Self::Status(status) => format!("HttpStatus{status}"),
+            Self::AddressExpired(_) => DeviceFailure::ADDRESS_EXPIRED.into(),
             Self::Transfer(_) => "TransferFailed".into(),
             Self::SizeMismatch { .. } => "SizeMismatch".into(),
             Self::ChecksumMismatch { .. } => "ChecksumMismatch".into(),
@@ -59,6 +64,7 @@ impl ImageFailure {
     fn message(&self) -> String {
         match self {
             Self::Status(status) => format!("the server answered the download with status {status}"),
+            Self::AddressExpired(status) => format!("the image's address has expired: status {status}"),
             Self::Transfer(why) => format!("the download broke off {ATTEMPTS} times: {why}"),
             Self::SizeMismatch { expected, actual } => format!("the image has {actual} bytes, expected {expected}"),
             Self::ChecksumMismatch { expected, actual } => {
@@ -79,7 +85,11 @@ impl ImageFailure {
             }
             // 7022 is a command failure, 7000 a failure without a number of its own.
             (ProtocolName::Usp, failure) => {
-                let code = if matches!(failure, Self::Status(_) | Self::Transfer(_)) { "7022" } else { "7000" };
+                let code = if matches!(failure, Self::Status(_) | Self::AddressExpired(_) | Self::Transfer(_)) {
+                    "7022"
+                } else {
+                    "7000"
+                };
                 DeviceFailure { code: code.into(), message: format!("{}: {}", self.name(), self.message()) }
             }
         }
@@ -169,6 +179,10 @@ impl Download<'_> {
         let mut request = self.client.get(&self.firmware.url);
         if have > 0 {
             request = request.header(RANGE, format!("bytes={have}-"));
+            // The rest must be of the same file; whose tag the server has not told is checked by its SHA-256 alone.
+            if let Ok(tag) = std::fs::read_to_string(self.tag_file()) {
+                request = request.header(IF_MATCH, tag);
+            }
         }
         let response = request.send().await?;
         match response.status() {
@@ -178,14 +192,18 @@ impl Download<'_> {
             StatusCode::OK => self.receive(response, 0, on_progress).await,
             // A power cut came after the last byte.
             StatusCode::RANGE_NOT_SATISFIABLE if range_total(&response) == Some(have) => Ok(()),
-            StatusCode::RANGE_NOT_SATISFIABLE | StatusCode::PARTIAL_CONTENT => {
+            StatusCode::RANGE_NOT_SATISFIABLE | StatusCode::PARTIAL_CONTENT | StatusCode::PRECONDITION_FAILED => {
                 std::fs::remove_file(self.partial).map_err(|error| self.disk(error))?;
                 Err(Broken::ForNow("the server has another image than the one begun".into()))
             }
             status if status.is_server_error() || matches!(status.as_u16(), 408 | 429) => {
                 Err(Broken::ForNow(format!("the server answered with status {status}")))
             }
-            status => Err(Broken::ForGood(DownloadError::Image(ImageFailure::Status(status.as_u16())))),
+            status => {
+                let is_expired = has_expired(response, have).await;
+                let failure = if is_expired { ImageFailure::AddressExpired } else { ImageFailure::Status };
+                Err(Broken::ForGood(DownloadError::Image(failure(status.as_u16()))))
+            }
         }
     }
 
@@ -200,6 +218,9 @@ impl Download<'_> {
         let mut file =
             OpenOptions::new().create(true).append(true).open(self.partial).map_err(|error| self.disk(error))?;
         file.set_len(offset).map_err(|error| self.disk(error))?;
+        if offset == 0 {
+            self.remember_tag(&response)?;
+        }
         let mut have = offset;
         while let Some(chunk) = response.chunk().await? {
             file.write_all(&chunk).map_err(|error| self.disk(error))?;
@@ -217,9 +238,43 @@ impl Download<'_> {
         file.sync_all().map_err(|error| self.disk(error))
     }
 
+    fn tag_file(&self) -> PathBuf {
+        self.partial.with_extension("etag")
+    }
+
+    /// Keeps what tells this file from another under the same address, over power cuts.
+    fn remember_tag(&self, response: &Response) -> Result<(), Broken> {
+        let tag = response.headers().get(ETAG).and_then(|tag| tag.to_str().ok());
+        // A weak one does not say that every byte is the same.
+        match tag.filter(|tag| !tag.starts_with("W/")) {
+            Some(tag) => std::fs::write(self.tag_file(), tag).map_err(|error| self.disk(error)),
+            None => {
+                // None is as good as one that is not there.
+                let _ = std::fs::remove_file(self.tag_file());
+                Ok(())
+            }
+        }
+    }
+
     fn disk(&self, error: io::Error) -> Broken {
         Broken::ForGood(DownloadError::Disk(self.partial.to_owned(), error))
     }
+}
+
+/// Whether a refusal says that a signed address is not good any more: its own time is over, or that of the credentials that signed
+/// it (S3: `AccessDenied` with "Request has expired", 403, and `ExpiredToken`, 400;
+/// <https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html>). Other servers say it with a 403 in the middle.
+async fn has_expired(mut response: Response, have: u64) -> bool {
+    let status = response.status();
+    if !matches!(status, StatusCode::BAD_REQUEST | StatusCode::FORBIDDEN) {
+        return false;
+    }
+    let mut words = Vec::new();
+    while let (true, Ok(Some(chunk))) = (words.len() < REFUSAL_BYTES, response.chunk().await) {
+        words.extend_from_slice(&chunk);
+    }
+    let words = String::from_utf8_lossy(&words).to_ascii_lowercase();
+    words.contains("expired") || (status == StatusCode::FORBIDDEN && have > 0)
 }
 
 /// Whether the response continues where we stopped (`Content-Range: bytes 10-99/100`).
@@ -310,6 +365,10 @@ mod tests {
     enum Answer {
         /// The range asked for, or everything.
         Serve,
+        /// An answer without the image.
+        Refuse(&'static str, &'static str),
+        /// Another image: it has another tag.
+        Replaced,
         /// The same, but the connection breaks after so many bytes.
         Break(usize),
         /// No ranges here.
@@ -344,6 +403,15 @@ mod tests {
     }
 
     fn answer(answer: Answer, request: &str) -> Vec<u8> {
+        let answer = match answer {
+            Answer::Refuse(status, body) => {
+                let head = format!("HTTP/1.1 {status}\r\nconnection: close\r\ncontent-length: {}", body.len());
+                return format!("{head}\r\n\r\n{body}").into_bytes();
+            }
+            Answer::Replaced if request.contains("if-match: \"one\"") => Answer::Status(412),
+            Answer::Replaced => Answer::Serve,
+            other => other,
+        };
         let from: usize = request
             .split_once("range: bytes=")
             .map_or(0, |(_, range)| range.split('-').next().unwrap().parse().unwrap());
@@ -361,7 +429,8 @@ mod tests {
             _ => (0, "HTTP/1.1 200 OK".to_owned(), usize::MAX),
         };
         let body = &IMAGE[from..];
-        let mut bytes = format!("{head}\r\nconnection: close\r\ncontent-length: {}\r\n\r\n", body.len()).into_bytes();
+        let head = format!("{head}\r\netag: \"one\"\r\nconnection: close");
+        let mut bytes = format!("{head}\r\ncontent-length: {}\r\n\r\n", body.len()).into_bytes();
         bytes.extend(&body[..limit.min(body.len())]);
         bytes
     }
@@ -448,6 +517,38 @@ mod tests {
             let message = failure.report(protocol).message;
             assert!(message.contains("http://127.0.0.1:1/2.0.0?…") && !message.contains("SECRET"), "{message}");
         }
+    }
+
+    #[tokio::test]
+    async fn an_address_that_expires_is_told_from_one_that_was_never_good() {
+        let of_s3 = "<Error><Code>AccessDenied</Code><Message>Request has expired</Message></Error>";
+        let of_token = "<Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>";
+        let denied = "<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>";
+        for (answers, failure) in [
+            (vec![Answer::Refuse("403 Forbidden", of_s3)], ImageFailure::AddressExpired(403)),
+            (vec![Answer::Refuse("400 Bad Request", of_token)], ImageFailure::AddressExpired(400)),
+            (vec![Answer::Refuse("403 Forbidden", denied)], ImageFailure::Status(403)),
+            (vec![Answer::Break(30_000), Answer::Refuse("403 Forbidden", denied)], ImageFailure::AddressExpired(403)),
+            (vec![Answer::Break(30_000), Answer::Refuse("400 Bad Request", denied)], ImageFailure::Status(400)),
+        ] {
+            let trial = Trial::new(answers).await;
+            let error = trial.fetch(&firmware(&trial.server.url)).await.unwrap_err();
+            assert!(matches!(&error, DownloadError::Image(found) if *found == failure), "{error:?} is no {failure:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_download_is_resumed_only_with_the_same_file() {
+        let trial = Trial::new(vec![Answer::Break(30_000), Answer::Replaced]).await;
+        let firmware = firmware(&trial.server.url);
+        trial.fetch(&firmware).await.unwrap();
+        assert_eq!(std::fs::read(trial.partial()).unwrap(), IMAGE);
+        let requests = trial.requests();
+        assert!(
+            requests[1].contains("range: bytes=30000-") && requests[1].contains("if-match: \"one\""),
+            "{requests:?}"
+        );
+        assert!(!requests[2].contains("range:"), "{requests:?}");
     }
 
     #[tokio::test]

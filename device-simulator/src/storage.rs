@@ -57,6 +57,8 @@ pub(crate) enum OperationPhase {
     Started,
     /// Download what is missing of the image.
     Downloading,
+    /// Report that the image's address has expired, and wait for a fresh one.
+    AddressExpired { failure: DeviceFailure },
     /// Report the transfer, check the image and install it.
     Transferred,
     /// Report the end of the download and choose the new slot.
@@ -289,6 +291,23 @@ impl Storage {
         })
     }
 
+    /// Goes on with the download from a fresh address; false if nothing waits for one in that operation.
+    pub(crate) fn renew(&self, id: &OperationId, url: &str) -> Result<bool, StorageError> {
+        let waits = |operation: &Operation| {
+            operation.id == *id && matches!(operation.phase, OperationPhase::AddressExpired { .. })
+        };
+        if !self.lock().operation.as_ref().is_some_and(waits) {
+            return Ok(false);
+        }
+        self.update(|state| {
+            if let Some(operation) = &mut state.operation {
+                url.clone_into(&mut operation.firmware.url);
+                operation.phase = OperationPhase::Downloading;
+            }
+        })?;
+        Ok(true)
+    }
+
     /// Moves the downloaded image into the inactive slot. `sha256` is what it was checked to be.
     pub(crate) fn install(&self, version: &str, sha256: String) -> Result<(), StorageError> {
         let slot = self.lock().active.other();
@@ -438,7 +457,7 @@ mod tests {
                 }
                 OperationPhase::Installed => storage.activate()?,
                 OperationPhase::Activated => storage.end()?,
-                OperationPhase::Failed { .. } => unreachable!(),
+                OperationPhase::AddressExpired { .. } | OperationPhase::Failed { .. } => unreachable!(),
             }
         }
         Ok(())

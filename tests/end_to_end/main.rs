@@ -5,6 +5,7 @@
 mod config_push;
 mod enforcement;
 mod firmware;
+mod images;
 mod on_premises;
 mod presence;
 mod public_devices;

@@ -306,6 +306,9 @@ async fn every_way_through_a_firmware_upgrade() {
         let late = if state == "DispatchDownload" || !asked { "States.Timeout" } else { "States.HeartbeatTimeout" };
         paths.push(one(state, vec![error(late, "")], failed_at(state, asked), Err(("DeviceTimedOut", "device"))));
     }
+    // An address that has expired is signed again; one that does not become good ends the workflow, and the device is told.
+    let expired = error("AddressExpired", "status 403");
+    paths.push(one("AwaitTransfer", vec![expired, result(&json!({}))], whole.clone(), Ok("Upgraded")));
     for (state, name) in [
         ("DispatchDownload", "DownloadRefused"),
         ("AwaitTransfer", "TransferFailed"),

@@ -34,6 +34,8 @@ pub enum ErrorName {
     DownloadRefused,
     /// The image did not get to the device.
     TransferFailed,
+    /// The image's address has expired before the device had all of the image: it is signed again.
+    AddressExpired,
     /// The image arrived, but the device could not check or write it.
     InstallFailed,
     /// The device booted its old image.
@@ -81,7 +83,7 @@ pub enum ErrorName {
 
 impl ErrorName {
     /// Every name.
-    pub const ALL: [Self; 33] = [
+    pub const ALL: [Self; 34] = [
         Self::InvalidInput,
         Self::MalformedMessage,
         Self::MessageTooLarge,
@@ -94,6 +96,7 @@ impl ErrorName {
         Self::NotUpgradable,
         Self::DownloadRefused,
         Self::TransferFailed,
+        Self::AddressExpired,
         Self::InstallFailed,
         Self::ActivationFailed,
         Self::VersionMismatch,
@@ -132,6 +135,7 @@ impl ErrorName {
             Self::NotUpgradable => "NotUpgradable",
             Self::DownloadRefused => "DownloadRefused",
             Self::TransferFailed => "TransferFailed",
+            Self::AddressExpired => "AddressExpired",
             Self::InstallFailed => "InstallFailed",
             Self::ActivationFailed => "ActivationFailed",
             Self::VersionMismatch => "VersionMismatch",
@@ -169,6 +173,7 @@ impl ErrorName {
                 | Self::ServiceError
                 | Self::Misconfigured
                 | Self::SettingsApiUnavailable
+                | Self::AddressExpired
         )
     }
 }

@@ -95,6 +95,12 @@ pub struct DeviceFailure {
     pub message: String,
 }
 
+impl DeviceFailure {
+    /// The code with which a device fails [`Step::FirmwareTransferred`] when the server says that the image's address has
+    /// expired. The device keeps what it has and waits for the same command with a fresh address.
+    pub const ADDRESS_EXPIRED: &str = "ADDRESS_EXPIRED";
+}
+
 /// How far a step has come.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum StepOutcome {

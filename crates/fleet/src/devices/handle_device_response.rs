@@ -87,6 +87,10 @@ async fn apply(adapters: &Adapters, thing: &ThingName, response: Response) -> Re
         StepOutcome::Succeeded { firmware_version } => {
             adapters.rendezvous.arrive(&operation, step, &Answer::Succeeded { firmware_version }).await?
         }
+        StepOutcome::Failed(failure) if failure.code == DeviceFailure::ADDRESS_EXPIRED => {
+            let error = Error::new(ErrorName::AddressExpired, device_error(step, &failure).message);
+            adapters.rendezvous.interrupt(&operation, step, &error).await?
+        }
         StepOutcome::Failed(failure) => {
             adapters.rendezvous.fail_step(&operation, step, &device_error(step, &failure)).await?
         }

@@ -69,6 +69,20 @@ pub enum CommandInput {
         /// How long the image's address must be good: until the job's deadline, in seconds.
         url_lifetime_seconds: u64,
     },
+    /// Wait for the image to be on the device. Attempts after the first tell it the image's address again, freshly signed: the
+    /// one that it has may have expired.
+    AwaitTransfer {
+        /// How the device wants to be talked to.
+        protocol: ProtocolName,
+        /// How the state waits.
+        wait: Wait,
+        /// The target version.
+        firmware_version: String,
+        /// The image.
+        artifact: Box<Artifact>,
+        /// How long the image's address must be good, in seconds.
+        url_lifetime_seconds: u64,
+    },
     /// Give the download up; nobody waits.
     CancelDownload {
         /// How the device wants to be talked to.
@@ -114,14 +128,20 @@ pub async fn handle(adapters: &Adapters, input: Input) -> Result<(), Error> {
         }
         CommandInput::DownloadFirmware { protocol, wait, firmware_version, artifact, url_lifetime_seconds } => {
             let operation = operation()?;
-            let lifetime = Duration::from_secs(url_lifetime_seconds.min(LONGEST_LIFETIME_SECONDS));
+            let lifetime = lifetime(url_lifetime_seconds);
             let firmware = firmware(adapters, firmware_version, *artifact, lifetime).await?;
-            let outcome = adapters.rendezvous.expect(&operation, Step::DownloadStarted, &wait).await?.outcome;
-            if outcome != Outcome::Waiting {
-                let reason = "not sent: the answer is there, or a later attempt is";
-                tracing::info!(operation = operation.key(), ?outcome, reason);
+            if !must_wait(adapters, &operation, Step::DownloadStarted, &wait).await? {
                 return Ok(());
             }
+            send(adapters, &operation, protocol, &Command::Download { operation_id, firmware }).await
+        }
+        CommandInput::AwaitTransfer { protocol, wait, firmware_version, artifact, url_lifetime_seconds } => {
+            let operation = operation()?;
+            let is_told = wait.attempt == 0;
+            if !must_wait(adapters, &operation, Step::FirmwareTransferred, &wait).await? || is_told {
+                return Ok(());
+            }
+            let firmware = firmware(adapters, firmware_version, *artifact, lifetime(url_lifetime_seconds)).await?;
             send(adapters, &operation, protocol, &Command::Download { operation_id, firmware }).await
         }
         CommandInput::ApplySettings { wait, connected_at, settings } => {
@@ -136,6 +156,20 @@ pub async fn handle(adapters: &Adapters, input: Input) -> Result<(), Error> {
         }
         CommandInput::RunJob { input, .. } => Err(Error::invalid("input", input, "an object")),
     }
+}
+
+fn lifetime(seconds: u64) -> Duration {
+    Duration::from_secs(seconds.min(LONGEST_LIFETIME_SECONDS))
+}
+
+/// Stores the token; false if the answer is there already, or a later attempt waits.
+async fn must_wait(adapters: &Adapters, operation: &Operation, step: Step, wait: &Wait) -> Result<bool, Error> {
+    let outcome = adapters.rendezvous.expect(operation, step, wait).await?.outcome;
+    if outcome != Outcome::Waiting {
+        let reason = "not sent: the answer is there, or a later attempt is";
+        tracing::info!(operation = operation.key(), ?outcome, reason);
+    }
+    Ok(outcome == Outcome::Waiting)
 }
 
 async fn send(
@@ -178,7 +212,7 @@ async fn firmware(
 ) -> Result<Firmware, Error> {
     let url = match (artifact.url, artifact.key) {
         (Some(url), _) => url,
-        (None, Some(key)) => sign(adapters, key, url_lifetime).await?,
+        (None, Some(key)) => sign(adapters, key, artifact.version_id, url_lifetime).await?,
         (None, None) => {
             return Err(Error::invalid("artifact", "neither url nor key", "one of them"));
         }
@@ -186,10 +220,15 @@ async fn firmware(
     Ok(Firmware { version, url, sha256: artifact.sha256, size: artifact.size, signature: artifact.signature })
 }
 
-async fn sign(adapters: &Adapters, key: String, lifetime: Duration) -> Result<String, Error> {
+async fn sign(
+    adapters: &Adapters,
+    key: String,
+    version_id: Option<String>,
+    lifetime: Duration,
+) -> Result<String, Error> {
     let lifetime = PresigningConfig::expires_in(lifetime)
         .map_err(|error| Error::new(ErrorName::ServiceError, format!("presigned URL: {error}")))?;
-    let request = adapters.s3.get_object().bucket(&adapters.firmware_bucket).key(key);
+    let request = adapters.s3.get_object().bucket(&adapters.firmware_bucket).key(key).set_version_id(version_id);
     let signed = request.presigned(lifetime).await.map_err(|error| aws("s3:GetObject", &error))?;
     Ok(signed.uri().to_owned())
 }

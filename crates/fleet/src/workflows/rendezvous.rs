@@ -253,23 +253,29 @@ impl Rendezvous {
 
     /// The device is still at it: the waiting state's deadline begins anew.
     pub async fn progress(&self, operation: &Operation, step: Step) -> Result<Outcome, Error> {
-        let item = self
-            .dynamodb
-            .get_item()
-            .table_name(&self.table)
-            .set_key(Some(key(operation, step)))
-            .consistent_read(true)
-            .send()
-            .await
-            .map_err(|error| aws("dynamodb:GetItem", &error))?
-            .item;
-        let meeting: Meeting = match item {
-            Some(item) => serde_dynamo::from_item(item).map_err(|error| broken_item(&error))?,
-            None => Meeting::default(),
-        };
+        let meeting = self.meeting(operation, step).await?;
         // A report of progress keeps nothing alive that nobody has begun to wait for, and is no half of a meeting.
         let Some(token) = meeting.task_token else { return Ok(Outcome::Late) };
         self.tasks.prolong(&token).await
+    }
+
+    /// The device cannot go on before the waiting state has done something again: its attempt fails with an error that is tried
+    /// again. That is no answer of the step, which is still open.
+    pub async fn interrupt(&self, operation: &Operation, step: Step, error: &Error) -> Result<Outcome, Error> {
+        let meeting = self.meeting(operation, step).await?;
+        match meeting.task_token {
+            _ if meeting.answer.is_some() => Ok(Outcome::Late),
+            Some(token) => self.tasks.fail(&token, error.name, &error.message).await,
+            // The state that waits is entered when the step before has ended, which may be just now.
+            None => Err(Error::new(ErrorName::ServiceUnavailable, "no state waits for the step yet")),
+        }
+    }
+
+    async fn meeting(&self, operation: &Operation, step: Step) -> Result<Meeting, Error> {
+        let get = self.dynamodb.get_item().table_name(&self.table).set_key(Some(key(operation, step)));
+        let got = get.consistent_read(true).send().await.map_err(|error| aws("dynamodb:GetItem", &error))?;
+        let Some(item) = got.item else { return Ok(Meeting::default()) };
+        serde_dynamo::from_item(item).map_err(|error| broken_item(&error))
     }
 
     /// Writes the item and returns it whole; `None` if the condition refuses.
