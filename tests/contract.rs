@@ -859,6 +859,7 @@ fn a_role_allows_what_its_function_calls_and_nothing_else() {
                 "iot:UpdateThing on iot:thing/*",
                 "s3:GetObject on ${FirmwareBucket.Arn}/*",
                 "s3:GetObject on ${JobDataBucket.Arn}/*",
+                "s3:GetObjectVersion on ${FirmwareBucket.Arn}/*",
                 "s3:ListBucket on JobDataBucket.Arn",
                 "s3:PutObject on ${JobDataBucket.Arn}/*",
                 "states:SendTaskFailure on ConfigPush",
