@@ -246,14 +246,12 @@ impl Download<'_> {
     fn remember_tag(&self, response: &Response) -> Result<(), Broken> {
         let tag = response.headers().get(ETAG).and_then(|tag| tag.to_str().ok());
         // A weak one does not say that every byte is the same.
-        match tag.filter(|tag| !tag.starts_with("W/")) {
-            Some(tag) => std::fs::write(self.tag_file(), tag).map_err(|error| self.disk(error)),
-            None => {
-                // None is as good as one that is not there.
-                let _ = std::fs::remove_file(self.tag_file());
-                Ok(())
-            }
+        if let Some(tag) = tag.filter(|tag| !tag.starts_with("W/")) {
+            return std::fs::write(self.tag_file(), tag).map_err(|error| self.disk(error));
         }
+        // There may be none from before.
+        let _ = std::fs::remove_file(self.tag_file());
+        Ok(())
     }
 
     fn disk(&self, error: io::Error) -> Broken {
