@@ -97,8 +97,7 @@ fn changes(attributes: &HashMap<String, String>, said: &Said) -> HashMap<String,
 /// Whether the registry takes the text as an attribute's value
 /// (<https://docs.aws.amazon.com/iot/latest/apireference/API_AttributePayload.html>).
 fn is_attribute_value(text: &str) -> bool {
-    let is_allowed = |c: char| c.is_ascii_alphanumeric() || "_.,@/:#=[]-".contains(c);
-    text.len() <= 800 && text.chars().all(is_allowed)
+    protocol::fields::ATTRIBUTE_VALUE.check(text).is_ok()
 }
 
 #[cfg(test)]

@@ -89,7 +89,9 @@ async fn apply(adapters: &Adapters, thing: &ThingName, response: Response) -> Re
         }
         StepOutcome::Failed(failure) if failure.code == DeviceFailure::ADDRESS_EXPIRED => {
             let error = Error::new(ErrorName::AddressExpired, device_error(step, &failure).message);
-            adapters.rendezvous.interrupt(&operation, step, &error).await?
+            let outcome = adapters.rendezvous.interrupt(&operation, step, &error).await?;
+            tracing::info!(operation = operation.key(), step = step.name(), error = error.name.as_str(), ?outcome);
+            return Ok(None);
         }
         StepOutcome::Failed(failure) => {
             adapters.rendezvous.fail_step(&operation, step, &device_error(step, &failure)).await?

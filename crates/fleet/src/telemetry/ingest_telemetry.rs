@@ -187,7 +187,8 @@ async fn keep(adapters: &Adapters, samples: Vec<&Sample>, call: Call) -> Result<
     let mut tally = Tally::default();
 
     let (mut ours, held) = take(&adapters.readings, samples, &batch, &mut kept).await;
-    let inherited = join_all(held.into_values().map(|(holder, samples)| inherit(adapters, holder, samples, &batch, call)));
+    let inherited =
+        join_all(held.into_values().map(|(holder, samples)| inherit(adapters, holder, samples, &batch, call)));
     for inherited in inherited.await {
         ours.extend(inherited.ours);
         kept.extend(inherited.failed);
@@ -277,12 +278,7 @@ enum Settled {
 
 /// Looks at another batch, and adds its metrics if it has died before it could. Fails with a transient error if somebody may be
 /// at it.
-async fn settle(
-    adapters: &Adapters,
-    holder: &Holder,
-    call: Call,
-    metric_calls: &mut usize,
-) -> Result<Settled, Error> {
+async fn settle(adapters: &Adapters, holder: &Holder, call: Call, metric_calls: &mut usize) -> Result<Settled, Error> {
     let Adapters { readings, history, metrics, .. } = adapters;
     let now = call.now;
     let is_finished = readings.is_finished(&holder.batch).await?;
@@ -355,12 +351,8 @@ mod tests {
         let credentials = aws_sdk_s3::config::Credentials::for_tests();
         let credentials = aws_sdk_s3::config::SharedCredentialsProvider::new(credentials);
         let config = config.region(Region::from_static("eu-west-1")).credentials_provider(credentials).build();
-        let places = Places {
-            monitoring_table: "x".into(),
-            batches_table: "x".into(),
-            reading_days: 1,
-            bucket: "x".into(),
-        };
+        let places =
+            Places { monitoring_table: "x".into(), batches_table: "x".into(), reading_days: 1, bucket: "x".into() };
         let sample = Sample {
             device: "a".parse().unwrap(),
             time: 1_700_000_000_000,
