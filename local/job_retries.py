@@ -1,15 +1,14 @@
 """Retries of job executions for the emulator, which keeps a job's retry configuration and does nothing with it.
 
 Gap: on AWS a job execution that has failed or timed out is followed by a new one, as long as the configuration has retries
-left; a thing that has left the target and joined it again begins with all of them. A retry of an execution that timed
-out is not announced here until the thing's jobs change next: the emulator notices time-outs only when somebody looks.
+left; a thing that has left the target and joined it again begins with all of them. Whether AWS announces a retry on `notify-next`
+no document settles ("when the next job has changed", and a retry is of the same job), so here it does not.
 (https://docs.aws.amazon.com/iot/latest/developerguide/jobs-configuration-details.html)
 """
 
 import ministack.services.iot as iot
 
 _jobs_maybe_complete = iot._jobs_maybe_complete
-_jobs_notify_thing = iot.jobs_notify_thing
 
 
 def has_retry(job, execution):
@@ -35,16 +34,6 @@ def maybe_complete(job_id):
     _jobs_maybe_complete(job_id)
 
 
-async def notify_thing(account_id, region, thing_name, previous_job_id):
-    """A retry is another execution, though the job that is next is the same as before."""
-    with iot.request_scope(account_id, region):
-        front = iot.jobs_start_next_execution(thing_name, peek=True)
-    if front is not None and front.get("retryAttempt") and front["status"] == "QUEUED":
-        previous_job_id = None
-    await _jobs_notify_thing(account_id, region, thing_name, previous_job_id)
-
-
 def install():
     """Makes the emulator try again."""
     iot._jobs_maybe_complete = maybe_complete
-    iot.jobs_notify_thing = notify_thing

@@ -6,7 +6,10 @@ Usage: GATEWAY_PORT=4566 python ministack_local.py
 import dynamic_thing_groups
 import enforcement
 import event_source_batches
+import job_events
 import job_retries
+import job_timeouts
+import job_transitions
 import metering
 import ministack.services.lambda_svc as lambda_svc
 import schedule_times
@@ -31,7 +34,10 @@ lambda_svc._sqs_esm_concurrency = sqs_concurrency
 dynamic_thing_groups.install()
 enforcement.install()
 event_source_batches.install()
+job_events.install()
 job_retries.install()
+job_timeouts.install()
+job_transitions.install()
 metering.install()
 schedule_times.install()
 session_tokens.install()
