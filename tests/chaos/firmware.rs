@@ -464,7 +464,12 @@ impl Workflow for FirmwareUpgrade {
         let is_failed_download =
             ["DownloadRefused", "TransferFailed", "InstallFailed"].contains(&ended.reason.as_str());
         let is_late = ended.status != Succeeded && !is_failed_download;
-        let recorded = self.cloud.attribute(&thing, "firmwareVersion").await.unwrap_or_default();
+        // A success is reported first.
+        let recorded = tests::eventually("the version is recorded", || async {
+            let recorded = self.cloud.attribute(&thing, "firmwareVersion").await.unwrap_or_default();
+            (ended.status != Succeeded || recorded == TO).then_some(recorded)
+        })
+        .await;
         let version = if ended.status == Succeeded || (is_late && recorded == TO) { TO } else { FROM };
         same("the version in the registry", &recorded.as_str(), &version)?;
         if ended.status == Succeeded { same("the version on the device", &runs.as_str(), &TO) } else { Ok(()) }

@@ -2,6 +2,7 @@
 //!
 //! One program, so that tests of all contexts wait beside each other, and those that need the machine for themselves can say so.
 
+mod attempts;
 mod config_push;
 mod enforcement;
 mod firmware;

@@ -25,3 +25,12 @@ pub fn number(name: &str) -> Result<u32, String> {
     let value = required(name)?;
     value.parse().map_err(|_| format!("the environment variable {name} is {value:?}: expected a number"))
 }
+
+/// Whether the stack handles what topics do not tell apart, or leaves it to another one: the template's `DeviceTopics`.
+pub fn owns_device_topics() -> Result<bool, String> {
+    match required("DEVICE_TOPICS")?.as_str() {
+        "own" => Ok(true),
+        "shared" => Ok(false),
+        other => Err(format!("the environment variable DEVICE_TOPICS is {other:?}: expected own or shared")),
+    }
+}

@@ -11,6 +11,7 @@ pub mod device_registry;
 pub mod devices;
 pub mod error;
 pub mod item_table;
+pub mod job_executions;
 pub mod jobs;
 pub mod lambda;
 pub mod queue;

@@ -6,7 +6,7 @@ use aws_sdk_sqs::{Client, types::MessageAttributeValue};
 use base64::{Engine, prelude::BASE64_STANDARD};
 use protocol::ThingName;
 use protocol::recovery::UpdateReport;
-use serde::{Deserialize, de::DeserializeOwned};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 /// How much of a message is kept among the dead letters, in bytes: SQS takes 256 KiB at least
 /// (<https://docs.aws.amazon.com/AWSSimpleQueueService/latest/SQSDeveloperGuide/quotas-messages.html>), the reason included.
@@ -103,6 +103,17 @@ pub fn json<T: DeserializeOwned>(what: &str, bytes: &[u8]) -> Result<T, Error> {
     serde_json::from_slice(bytes).map_err(|error| Error::new(ErrorName::MalformedMessage, format!("{what}: {error}")))
 }
 
+/// How long after a failed attempt the next one is asked for.
+const ASK_AFTER_SECONDS: [i32; 2] = [2, 300];
+
+/// A question for a thing's next job execution, in the queue of their announcements.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct NextOf {
+    /// The thing.
+    pub next_of: ThingName,
+}
+
 /// A queue that messages are passed on to, as they are.
 #[derive(Debug, Clone)]
 pub struct Queue {
@@ -114,6 +125,18 @@ impl Queue {
     /// Sends to that queue.
     pub fn new(config: &aws_config::SdkConfig, url: String) -> Self {
         Self { client: Client::new(config), url }
+    }
+
+    /// Asks start-workflow, whose queue this must be, for a thing's next job execution: no document says whether AWS IoT Jobs
+    /// announces an attempt that follows a failed one, nor how long it takes to queue it. Whatever has been started by then is
+    /// not started again.
+    pub async fn ask_for_next(&self, thing: &ThingName) -> Result<(), Error> {
+        let question = serde_json::to_string(&NextOf { next_of: thing.clone() }).map_err(unbuilt)?;
+        for delay in ASK_AFTER_SECONDS {
+            let send = self.client.send_message().queue_url(&self.url).message_body(&question).delay_seconds(delay);
+            send.send().await.map_err(|error| aws("sqs:SendMessage", &error))?;
+        }
+        Ok(())
     }
 
     /// Passes a message on.

@@ -28,12 +28,13 @@ const WAIT: &str = r#"{"taskToken":"token","attempt":0,"expectedVersion":"2.0.0"
 
 /// A good MQTT message of every kind, with its topic.
 static MESSAGES: LazyLock<Vec<(String, Vec<u8>)>> = LazyLock::new(|| {
-    let notify_next =
-        format!(r#"{{"timestamp":1,"execution":{{"jobId":"job-1","executionNumber":2,"jobDocument":{DOCUMENT}}}}}"#);
+    let notify_next = format!(
+        r#"{{"timestamp":1,"execution":{{"jobId":"job-1","executionNumber":2,"queuedAt":1795238492,"jobDocument":{DOCUMENT}}}}}"#
+    );
     let mut messages: Vec<(String, Vec<u8>)> = [
         ("$aws/things/gateway-1/jobs/notify-next", notify_next.as_str()),
         ("$aws/events/presence/connected/gateway-1", r#"{"clientId":"gateway-1","timestamp":1,"eventType":"connected","sessionIdentifier":"s","principalIdentifier":"p","ipAddress":"1.2.3.4","versionNumber":3}"#),
-        ("$aws/events/jobExecution/job-1/canceled", r#"{"jobId":"job-1","thingArn":"arn:aws:iot:eu-west-1:123456789012:thing/gateway-1","status":"CANCELED","executionNumber":1}"#),
+        ("$aws/events/jobExecution/job-1/canceled", r#"{"jobId":"job-1","thingArn":"arn:aws:iot:eu-west-1:123456789012:thing/gateway-1","status":"CANCELED"}"#),
         ("iot/device/data", r#"{"_id_":"gateway-1","timestamp":"1711320208793","status":"failed","model":"wo:v8","FW":"2.27"}"#),
         ("devices/gateway-1/config_resp", r#"{"name":"SET_TEMP","operationId":"p.SET_TEMP","status":"SUCCESS","value":24.84,"error":0}"#),
         ("tenant1/to/lambda", r#"{"result":57,"TaskToken":"job-1.0123456789abcdef"}"#),
@@ -60,13 +61,15 @@ static PAYLOADS: LazyLock<Vec<Vec<u8>>> =
 
 /// A good queue message of every kind.
 static BODIES: LazyLock<Vec<Vec<u8>>> = LazyLock::new(|| {
-    let input =
-        format!(r#"{{"thingName":"t","jobId":"j","executionNumber":1,"operationId":"j-1","document":{DOCUMENT}}}"#);
+    let input = format!(
+        r#"{{"thingName":"t","jobId":"j","executionNumber":1,"queuedAt":1,"operationId":"j-1-1","document":{DOCUMENT}}}"#
+    );
     let ended = json!({"detail-type": "Step Functions Execution Status Change", "detail": {"status": "ABORTED", "input": input}});
     let others = [
         r#"{"scheduledTime":"2026-11-24T03:00:00Z","input":{"a":15,"b":42}}"#.to_owned(),
         r#"{"eventType":"FIRMWARE_UPGRADE_FAIL","thingName":"t","jobId":"j","executionNumber":1,"operationId":"j-1","firmwareVersion":"2.0.0","reason":"TransferFailed","cause":"no space","step":"FIRMWARE_TRANSFERRED"}"#.to_owned(),
         r#"{"device":"gateway-1","remedy":"1#a"}"#.to_owned(),
+        r#"{"nextOf":"gateway-1"}"#.to_owned(),
         ended.to_string(),
     ];
     let messages = MESSAGES.iter().map(|(topic, payload)| envelope(topic, payload));

@@ -1,6 +1,6 @@
 //! Domain events: what the system tells anyone who subscribes to its SNS topic.
 
-use crate::{JobId, OperationId, ThingName};
+use crate::{JobId, OperationId, ThingName, optional_whole, whole};
 use serde::{Deserialize, Serialize};
 
 /// The kind of a domain event; also the message attribute `eventType` that subscriptions filter by.
@@ -28,7 +28,11 @@ pub struct UpgradeEvent {
     /// The job.
     pub job_id: JobId,
     /// Which of the job's executions on this thing.
+    #[serde(deserialize_with = "whole")]
     pub execution_number: i64,
+    /// When it was queued, in Unix seconds.
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "optional_whole")]
+    pub queued_at: Option<i64>,
     /// The operation.
     pub operation_id: OperationId,
     /// The target version.

@@ -76,7 +76,7 @@ id! {
 }
 id! {
     /// One thing that one device is asked to do. Never used twice for a thing: a job's operation is the
-    /// job's id and the number of its execution.
+    /// job's id, the number of its execution and when that was queued.
     OperationId, ours("operation id", 128, ":_.@-")
 }
 
@@ -124,10 +124,14 @@ impl From<ThingName> for SensorId {
 }
 
 impl OperationId {
-    /// The operation by which a job execution upgrades its device. A retried execution has a new number,
-    /// and so never meets an answer to an earlier one.
-    pub fn of_job_execution(job: &JobId, execution_number: i64) -> Self {
-        Self(format!("{job}-{execution_number}"))
+    /// The operation by which a job execution upgrades its device, so that it never meets an answer to an earlier one: a
+    /// retried execution has a new number, and one of a job that was deleted and made again under its id has, with the same
+    /// number, been queued at another time (Unix seconds).
+    pub fn of_job_execution(job: &JobId, execution_number: i64, queued_at: Option<i64>) -> Self {
+        Self(match queued_at {
+            Some(queued_at) => format!("{job}-{execution_number}-{queued_at}"),
+            None => format!("{job}-{execution_number}"),
+        })
     }
 }
 
@@ -149,6 +153,9 @@ mod tests {
     #[test]
     fn operations_of_two_executions_differ() {
         let job: JobId = "job-1".parse().unwrap();
-        assert_eq!(OperationId::of_job_execution(&job, 2).as_str(), "job-1-2");
+        assert_eq!(OperationId::of_job_execution(&job, 2, None).as_str(), "job-1-2");
+        assert_eq!(OperationId::of_job_execution(&job, 2, Some(1_795_238_492)).as_str(), "job-1-2-1795238492");
+        let longest = OperationId::of_job_execution(&"j".repeat(64).parse().unwrap(), i64::MAX, Some(i64::MAX));
+        assert!(longest.as_str().parse::<OperationId>().is_ok());
     }
 }

@@ -1,6 +1,6 @@
 //! The document that a firmware job carries, and the message in which it reaches the cloud's workflow.
 
-use crate::{JobId, OperationId, ProtocolName, ThingName};
+use crate::{JobId, OperationId, ProtocolName, ThingName, optional_whole, whole};
 use serde::{Deserialize, Serialize};
 
 /// The workflow that a job document asks for. A job without one is not ours to run.
@@ -31,7 +31,7 @@ pub struct Artifact {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sha256: Option<String>,
     /// Length of the image in bytes.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "optional_whole")]
     pub size: Option<u64>,
     /// Ed25519 signature over the image, base64.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -46,6 +46,9 @@ pub struct JobDocument {
     pub version: String,
     /// The workflow to run.
     pub workflow: WorkflowName,
+    /// The stack that shall run it: all stacks of an account hear of it. Jobs made before name none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stack: Option<String>,
     /// The version that devices shall run afterwards.
     pub firmware_version: String,
     /// Who or what asked for it.
@@ -56,6 +59,7 @@ pub struct JobDocument {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub protocol: Option<ProtocolName>,
     /// How long one device's upgrade may take in all, in minutes.
+    #[serde(deserialize_with = "whole")]
     pub timeout_minutes: u32,
     /// SHA-256 of the request that made the job: tells a repeat from another job under the same id.
     pub request_digest: String,
@@ -70,7 +74,11 @@ pub struct UpgradeInput {
     /// The job.
     pub job_id: JobId,
     /// Which of the job's executions on this thing.
+    #[serde(deserialize_with = "whole")]
     pub execution_number: i64,
+    /// When it was queued, in Unix seconds: a job that is deleted and made again counts its executions anew.
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "optional_whole")]
+    pub queued_at: Option<i64>,
     /// What the device's answers will name.
     pub operation_id: OperationId,
     /// What the job asks for.
@@ -93,30 +101,31 @@ pub struct NextExecution {
     /// The job.
     pub job_id: JobId,
     /// Counts the job's executions on this thing, from 1.
+    #[serde(deserialize_with = "whole")]
     pub execution_number: i64,
+    /// When it was queued, in Unix seconds
+    /// (<https://docs.aws.amazon.com/iot/latest/apireference/API_iot-jobs-data_JobExecution.html>).
+    #[serde(default, deserialize_with = "optional_whole")]
+    pub queued_at: Option<i64>,
     /// The document, ours or not.
     pub job_document: serde_json::Value,
 }
 
-/// `$aws/events/jobExecution/{jobId}/{operation}`
+/// `$aws/events/jobExecution/{jobId}/{operation}`: what has become of a job execution is the topic's end. It does not say which
+/// execution of that job on that thing
 /// (<https://docs.aws.amazon.com/iot/latest/developerguide/events-jobs.html>).
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct JobExecutionEvent {
     /// The job.
     pub job_id: JobId,
-    /// ARN of the thing; its name is what follows `thing/`.
+    /// ARN of the thing; its name is what follows the last `/`.
     pub thing_arn: String,
-    /// The status that the job execution has come to.
-    pub status: String,
-    /// Which of the job's executions on this thing.
-    #[serde(default)]
-    pub execution_number: Option<i64>,
 }
 
 impl JobExecutionEvent {
     /// The thing's name out of its ARN.
     pub fn thing_name(&self) -> Option<ThingName> {
-        self.thing_arn.split_once(":thing/").and_then(|(_, name)| name.parse().ok())
+        self.thing_arn.rsplit_once('/').and_then(|(_, name)| name.parse().ok())
     }
 }

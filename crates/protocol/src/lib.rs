@@ -19,6 +19,7 @@ pub mod settings;
 pub mod telemetry;
 mod text;
 mod usp;
+mod whole;
 
 pub use device::{
     Acknowledgement, DecodeError, DeviceProtocol, Publication, Received, ReceivedCommand, ReplyTo, protocol_of_topic,
@@ -31,6 +32,7 @@ pub use limits::{MAX_JSON_DEPTH, MAX_PAYLOAD_BYTES, check_depth, check_object};
 pub use operation::{Command, DeviceEvent, DeviceFailure, Firmware, Report, Response, Step, StepOutcome};
 pub use presence::{Presence, PresenceEvent, PresenceKind};
 pub use text::{redacted, reported_version};
+pub use whole::{optional_whole, whole};
 
 /// How a device encodes its messages: the value of the job document's and the thing attribute's `protocol`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]

@@ -83,8 +83,10 @@ pub struct Failure {
     /// Names this failure, and whatever is done about it.
     pub operation_id: OperationId,
     /// When the device says that it failed, in Unix milliseconds.
+    #[serde(deserialize_with = "crate::whole")]
     pub timestamp: i64,
     /// When the broker got the report, in Unix milliseconds: devices' clocks are not to be trusted.
+    #[serde(deserialize_with = "crate::whole")]
     pub received_at: i64,
     /// The device's model, as it says.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -10,6 +10,7 @@ async fn main() -> Result<(), lambda_runtime::Error> {
         let aws = aws::load().await;
         Ok((
             handle_device_response::Adapters {
+                owns_device_topics: config::owns_device_topics()?,
                 rendezvous: Rendezvous::new(&aws, config::required("RENDEZVOUS_TABLE")?),
                 settings: SettingsTable::from_environment(&aws)?,
                 registry: DeviceRegistry::from_environment(&aws),

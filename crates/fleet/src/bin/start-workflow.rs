@@ -1,6 +1,7 @@
 //! `StartWorkflowFunction`
 
-use fleet::{aws, config, lambda, queue::DeadLetters, workflows::start_workflow};
+use fleet::workflows::{start_workflow, started::StartedOperations};
+use fleet::{aws, config, job_executions::JobExecutions, lambda, queue::DeadLetters};
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<(), lambda_runtime::Error> {
@@ -14,6 +15,13 @@ async fn main() -> Result<(), lambda_runtime::Error> {
                 config_push_arn: config::required("CONFIG_PUSH_ARN")?,
                 failed_update_recovery_arn: config::required("FAILED_UPDATE_RECOVERY_ARN")?,
                 on_premises_job_arn: config::required("ON_PREMISES_JOB_ARN")?,
+                executions: JobExecutions::new(aws::jobs_data_client(&aws)?),
+                started: StartedOperations::new(
+                    aws_sdk_dynamodb::Client::new(&aws),
+                    config::required("RENDEZVOUS_TABLE")?,
+                ),
+                stack: config::required("STACK_NAME")?,
+                owns_device_topics: config::owns_device_topics()?,
             },
             DeadLetters::from_environment(&aws)?,
         ))

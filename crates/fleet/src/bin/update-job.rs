@@ -1,13 +1,21 @@
 //! `UpdateJobFunction`
 
-use fleet::{aws, jobs::update_job, lambda, queue::DeadLetters};
+use fleet::queue::{DeadLetters, Queue};
+use fleet::{aws, config, job_executions::JobExecutions, jobs::update_job, lambda};
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<(), lambda_runtime::Error> {
-    let (jobs, dead_letters) = &lambda::configured(async {
+    let (adapters, dead_letters) = &lambda::configured(async {
         let aws = aws::load().await;
-        Ok((aws::jobs_data_client(&aws)?, DeadLetters::from_environment(&aws)?))
+        let jobs = aws::jobs_data_client(&aws)?;
+        let adapters = update_job::Adapters {
+            executions: JobExecutions::new(jobs.clone()),
+            jobs,
+            iot: aws_sdk_iot::Client::new(&aws),
+            notifications: Queue::new(&aws, config::required("JOB_NOTIFICATIONS_QUEUE_URL")?),
+        };
+        Ok((adapters, DeadLetters::from_environment(&aws)?))
     })
     .await?;
-    lambda::run_queue(dead_letters, move |body| async move { update_job::handle(jobs, &body).await }).await
+    lambda::run_queue(dead_letters, move |body| async move { update_job::handle(adapters, &body).await }).await
 }

@@ -49,6 +49,7 @@ pub struct Input {
     /// The user's profile: the thing's attribute `externalId`, empty if it has none.
     pub external_id: String,
     /// When the session began, in Unix milliseconds.
+    #[serde(deserialize_with = "protocol::whole")]
     pub connected_at: i64,
 }
 

@@ -18,6 +18,8 @@ use protocol::{
 /// What the handler reaches.
 #[derive(Debug)]
 pub struct Adapters {
+    /// Whether what devices say unasked is this stack's to hear and to acknowledge, and not another one's of the account.
+    pub owns_device_topics: bool,
     /// Where answers go.
     pub rendezvous: Rendezvous,
     /// Where answers about settings go.
@@ -54,16 +56,17 @@ pub async fn handle(adapters: &Adapters, body: &str) -> Result<(), Error> {
                 adapters.registry.record(&thing, &Said { runs, speaks: Some(protocol) }).await?;
             }
         }
-        Report::Event(event) => {
+        Report::Event(event) if adapters.owns_device_topics => {
             if matches!(event, DeviceEvent::Booted { .. }) {
                 adapters.registry.record(&thing, &Said { runs, speaks: Some(protocol) }).await?;
             }
             publish(adapters, &thing, event).await?;
         }
+        Report::Event(_) => {}
     }
     match acknowledgement {
-        Some(acknowledgement) => acknowledge(adapters, acknowledgement).await,
-        None => Ok(()),
+        Some(acknowledgement) if adapters.owns_device_topics => acknowledge(adapters, acknowledgement).await,
+        _ => Ok(()),
     }
 }
 

@@ -67,6 +67,7 @@ pub enum CommandInput {
         /// The image.
         artifact: Box<Artifact>,
         /// How long the image's address must be good: until the job's deadline, in seconds.
+        #[serde(deserialize_with = "protocol::whole")]
         url_lifetime_seconds: u64,
     },
     /// Wait for the image to be on the device. Attempts after the first tell it the image's address again, freshly signed: the
@@ -93,6 +94,7 @@ pub enum CommandInput {
         /// How the state waits.
         wait: Wait,
         /// When the session began, in Unix milliseconds.
+        #[serde(deserialize_with = "protocol::whole")]
         connected_at: i64,
         /// The settings, at least one.
         settings: Settings,

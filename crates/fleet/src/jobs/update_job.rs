@@ -1,8 +1,10 @@
 //! Keeps a job execution in step with its workflow, by the workflow's domain events.
 
 use crate::error::{aws, code};
-use crate::queue::json;
+use crate::job_executions::JobExecutions;
+use crate::queue::{Queue, json};
 use crate::{Error, ErrorName};
+use aws_sdk_iot::types::AttributePayload;
 use aws_sdk_iotjobsdataplane::types::JobExecutionStatus;
 use protocol::events::{EventType, UpgradeEvent};
 use protocol::fields::STATUS_DETAIL;
@@ -10,8 +12,24 @@ use protocol::job::UpgradeInput;
 use serde::Deserialize;
 use std::collections::HashMap;
 
+/// Why nothing had to be done: `IsUpgradeNeeded` in the state machine.
+const ALREADY_AT_TARGET: &str = "AlreadyAtTarget";
+
+/// What the handler reaches.
+#[derive(Debug)]
+pub struct Adapters {
+    /// Updates job executions.
+    pub jobs: aws_sdk_iotjobsdataplane::Client,
+    /// Tells which of them have not ended.
+    pub executions: JobExecutions,
+    /// The registry, where things' versions are recorded.
+    pub iot: aws_sdk_iot::Client,
+    /// Where start-workflow is asked to look for the next attempt.
+    pub notifications: Queue,
+}
+
 /// What shall become of a job execution.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 struct Update {
     status: JobExecutionStatus,
     /// Minutes after which AWS IoT Jobs itself ends the job execution as `TIMED_OUT`.
@@ -19,9 +37,47 @@ struct Update {
 }
 
 /// Handles one queued event. Repeats and events that come after the job execution has ended change nothing.
-pub async fn handle(jobs: &aws_sdk_iotjobsdataplane::Client, body: &str) -> Result<(), Error> {
+///
+/// The version is recorded last: a thing that has its version leaves its dynamic group, and the job then no longer counts it if it
+/// has not succeeded before. If it cannot be recorded, the message comes again, and the success stands.
+pub async fn handle(adapters: &Adapters, body: &str) -> Result<(), Error> {
     let event = read(body)?;
     let Some(update) = update(&event) else { return Ok(()) };
+    let (thing, job) = (&event.thing_name, &event.job_id);
+    let outcome = match adapters.executions.pending(thing, job, event.execution_number, event.queued_at).await? {
+        Some(status) => apply(adapters, &event, &update, &status).await?,
+        // It has ended (this is a repeat, or somebody cancelled it), or is gone.
+        None => "LATE",
+    };
+    tracing::info!(thing = thing.as_str(), job = job.as_str(), status = update.status.as_str(), outcome);
+    match update.status {
+        JobExecutionStatus::Failed => adapters.notifications.ask_for_next(thing).await,
+        JobExecutionStatus::Succeeded if event.reason.as_deref() != Some(ALREADY_AT_TARGET) => {
+            record_version(&adapters.iot, &event).await
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Updates a job execution that has this status. No document says whether AWS lets one succeed or fail that has not begun: it
+/// begins first.
+async fn apply(
+    adapters: &Adapters,
+    event: &UpgradeEvent,
+    update: &Update,
+    status: &JobExecutionStatus,
+) -> Result<&'static str, Error> {
+    if *status == JobExecutionStatus::Queued && update.status != JobExecutionStatus::InProgress {
+        send(&adapters.jobs, event, &Update { status: JobExecutionStatus::InProgress, timer: None }).await?;
+    }
+    send(&adapters.jobs, event, update).await
+}
+
+async fn send(
+    jobs: &aws_sdk_iotjobsdataplane::Client,
+    event: &UpgradeEvent,
+    update: &Update,
+) -> Result<&'static str, Error> {
     let request = jobs
         .update_job_execution()
         .job_id(event.job_id.as_str())
@@ -29,26 +85,39 @@ pub async fn handle(jobs: &aws_sdk_iotjobsdataplane::Client, body: &str) -> Resu
         .execution_number(event.execution_number)
         .status(update.status.clone())
         .set_step_timeout_in_minutes(update.timer);
-    let sent = match request.clone().set_status_details(Some(details(&event))).send().await {
+    let sent = match request.clone().set_status_details(Some(details(event))).send().await {
         // Unicode grows, and with it what AWS may not know: a job execution must not hang for a word.
         Err(error) if code(&error) == Some("InvalidRequestException") => {
             let (thing, job) = (event.thing_name.as_str(), event.job_id.as_str());
-            tracing::warn!(thing, job, details = ?details(&event), %error, "told without its details, which were refused");
+            tracing::warn!(thing, job, details = ?details(event), %error, "told without its details, which were refused");
             request.send().await
         }
         sent => sent,
     };
-    let outcome = match sent {
-        Ok(_) => "APPLIED",
+    match sent {
+        Ok(_) => Ok("APPLIED"),
         Err(error) => match code(&error) {
-            // Final already (this is a repeat, or somebody cancelled it), or deleted.
-            Some("InvalidStateTransitionException" | "TerminalStateException" | "ResourceNotFoundException") => "LATE",
-            _ => return Err(aws("iot:UpdateJobExecution", &error)),
+            // It has ended just now.
+            Some("InvalidStateTransitionException" | "TerminalStateException" | "ResourceNotFoundException") => {
+                Ok("LATE")
+            }
+            _ => Err(aws("iot:UpdateJobExecution", &error)),
         },
-    };
-    let thing = event.thing_name.as_str();
-    tracing::info!(thing, job = event.job_id.as_str(), status = update.status.as_str(), outcome);
-    Ok(())
+    }
+}
+
+/// Records what the device runs, for dynamic thing groups and for the next job.
+async fn record_version(iot: &aws_sdk_iot::Client, event: &UpgradeEvent) -> Result<(), Error> {
+    let version = AttributePayload::builder().attributes("firmwareVersion", &event.firmware_version).merge(true);
+    let update = iot.update_thing().thing_name(event.thing_name.as_str()).attribute_payload(version.build());
+    match update.send().await {
+        Ok(_) => Ok(()),
+        Err(error) if code(&error) == Some("ResourceNotFoundException") => {
+            tracing::warn!(thing = event.thing_name.as_str(), outcome = "LATE", "the thing is gone");
+            Ok(())
+        }
+        Err(error) => Err(aws("iot:UpdateThing", &error)),
+    }
 }
 
 /// What Step Functions says of an execution that has ended
@@ -81,6 +150,7 @@ fn read(body: &str) -> Result<UpgradeEvent, Error> {
         thing_name: input.thing_name,
         job_id: input.job_id,
         execution_number: input.execution_number,
+        queued_at: input.queued_at,
         operation_id: input.operation_id,
         firmware_version: input.document.firmware_version,
         reason: detail.error.or_else(|| Some(ErrorName::WorkflowStopped.as_str().to_owned())),
@@ -126,14 +196,19 @@ fn details(event: &UpgradeEvent) -> HashMap<String, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use aws_sdk_iot::operation::update_thing::UpdateThingOutput;
+    use aws_sdk_iotjobsdataplane::config::{Credentials, SharedCredentialsProvider};
+    use aws_sdk_iotjobsdataplane::operation::describe_job_execution::{
+        DescribeJobExecutionError, DescribeJobExecutionOutput,
+    };
     use aws_sdk_iotjobsdataplane::operation::update_job_execution::{
         UpdateJobExecutionError, UpdateJobExecutionOutput,
     };
-    use aws_sdk_iotjobsdataplane::types::error::{
-        InvalidRequestException, InvalidStateTransitionException, ThrottlingException,
-    };
+    use aws_sdk_iotjobsdataplane::types::JobExecution;
+    use aws_smithy_http_client::test_util::infallible_client_fn;
     use aws_smithy_mocks::{RuleMode, mock, mock_client};
     use serde_json::json;
+    use ureq::http::{Request, Response};
 
     fn event(kind: &str, reason: Option<&str>) -> UpgradeEvent {
         serde_json::from_value(json!({
@@ -182,56 +257,144 @@ mod tests {
         assert_eq!(update(&event), Some(Update { status: JobExecutionStatus::Failed, timer: None }));
     }
 
-    #[tokio::test]
-    async fn details_are_told_in_characters_that_aws_takes() {
-        let updated = mock!(aws_sdk_iotjobsdataplane::Client::update_job_execution)
-            .match_requests(|request| {
-                let details = request.status_details().unwrap();
-                details["reason"] == "InstallFailed"
-                    && details["cause"] == "line break"
-                    && !details.contains_key("step")
-            })
-            .then_output(|| UpdateJobExecutionOutput::builder().build());
-        let client = mock_client!(aws_sdk_iotjobsdataplane, [&updated]);
-        let body = serde_json::to_string(&event("FIRMWARE_UPGRADE_FAIL", Some("InstallFailed"))).unwrap();
-        assert_eq!(handle(&client, &body).await, Ok(()));
-        assert_eq!(updated.num_calls(), 1);
+    type Updates = std::sync::Arc<std::sync::Mutex<Vec<String>>>;
+
+    /// A queue that notes what it is sent.
+    fn notifications(notes: Updates) -> Queue {
+        let config = aws_config::SdkConfig::builder()
+            .behavior_version(aws_config::BehaviorVersion::latest())
+            .region(aws_config::Region::from_static("eu-west-1"))
+            .credentials_provider(SharedCredentialsProvider::new(Credentials::for_tests()))
+            .http_client(infallible_client_fn(move |request: Request<_>| {
+                let sent: serde_json::Value = serde_json::from_slice(request.body().bytes().unwrap()).unwrap();
+                notes.lock().unwrap().push(format!("{} in {} s", sent["MessageBody"], sent["DelaySeconds"]));
+                Response::builder().body("{}").unwrap()
+            }))
+            .build();
+        Queue::new(&config, "https://queue".into())
     }
 
+    /// What is done about an event, if AWS IoT Jobs has the job execution in that status, and answers the updates so.
+    async fn done(
+        event: &UpgradeEvent,
+        status: Option<JobExecutionStatus>,
+        refusal: Option<&'static str>,
+    ) -> Vec<String> {
+        let done = Updates::default();
+        let meta = |code: &str| aws_sdk_iotjobsdataplane::error::ErrorMetadata::builder().code(code).build();
+        let describe = mock!(aws_sdk_iotjobsdataplane::Client::describe_job_execution).match_requests(|_| true);
+        let describe = match status {
+            Some(status) => describe.then_output(move || {
+                let execution = JobExecution::builder().status(status.clone()).queued_at(7);
+                DescribeJobExecutionOutput::builder().execution(execution.build()).build()
+            }),
+            None => describe.then_error(move || DescribeJobExecutionError::generic(meta("TerminalStateException"))),
+        };
+        let notes = done.clone();
+        let update = mock!(aws_sdk_iotjobsdataplane::Client::update_job_execution).match_requests(move |request| {
+            let details = request.status_details().unwrap();
+            assert!(!details.contains_key("step") && details["cause"] == "line break", "{details:?}");
+            notes.lock().unwrap().push(request.status().unwrap().to_string());
+            true
+        });
+        let update = match refusal {
+            None => update.then_output(|| UpdateJobExecutionOutput::builder().build()),
+            Some(code) => update.then_error(move || UpdateJobExecutionError::generic(meta(code))),
+        };
+        let notes = done.clone();
+        let record = mock!(aws_sdk_iot::Client::update_thing)
+            .match_requests(move |request| {
+                let payload = request.attribute_payload().unwrap();
+                let version = &payload.attributes().unwrap()["firmwareVersion"];
+                notes.lock().unwrap().push(format!("{} {version} {}", request.thing_name().unwrap(), payload.merge()));
+                true
+            })
+            .then_output(|| UpdateThingOutput::builder().build());
+        let jobs = mock_client!(aws_sdk_iotjobsdataplane, RuleMode::MatchAny, [&describe, &update]);
+        let adapters = Adapters {
+            executions: JobExecutions::new(jobs.clone()),
+            jobs,
+            iot: mock_client!(aws_sdk_iot, [&record]),
+            notifications: notifications(done.clone()),
+        };
+        if let Err(error) = handle(&adapters, &serde_json::to_string(event).unwrap()).await {
+            done.lock().unwrap().push(error.name.as_str().to_owned());
+        }
+        let done = done.lock().unwrap();
+        done.clone()
+    }
+
+    const VERSION: &str = "gateway-1 1.2.3 true";
+    const SOON: &str = r#""{\"nextOf\":\"gateway-1\"}" in 2 s"#;
+    const LATER: &str = r#""{\"nextOf\":\"gateway-1\"}" in 300 s"#;
+
+    #[tokio::test]
+    async fn a_success_is_reported_first_and_then_recorded() {
+        let success = event("FIRMWARE_UPGRADE_SUCCESS", Some("Upgraded"));
+        assert_eq!(done(&success, Some(JobExecutionStatus::InProgress), None).await, ["SUCCEEDED", VERSION]);
+        // The device runs it, whatever has become of the job execution, also in a repeat after a crash.
+        assert_eq!(done(&success, None, None).await, [VERSION]);
+        let late = Some("InvalidStateTransitionException");
+        assert_eq!(done(&success, Some(JobExecutionStatus::InProgress), late).await, ["SUCCEEDED", VERSION]);
+        let throttled = Some("ThrottlingException");
+        assert_eq!(done(&success, Some(JobExecutionStatus::InProgress), throttled).await, ["SUCCEEDED", "Throttled"]);
+    }
+
+    #[tokio::test]
+    async fn what_has_not_begun_begins_before_it_ends() {
+        let already = event("FIRMWARE_UPGRADE_SUCCESS", Some("AlreadyAtTarget"));
+        assert_eq!(done(&already, Some(JobExecutionStatus::Queued), None).await, ["IN_PROGRESS", "SUCCEEDED"]);
+        let started = event("FIRMWARE_UPGRADE_STARTED", None);
+        assert_eq!(done(&started, Some(JobExecutionStatus::Queued), None).await, ["IN_PROGRESS"]);
+        let failed = event("FIRMWARE_UPGRADE_FAIL", Some("NotUpgradable"));
+        let all = ["IN_PROGRESS", "FAILED", SOON, LATER];
+        assert_eq!(done(&failed, Some(JobExecutionStatus::Queued), None).await, all);
+    }
+
+    #[tokio::test]
+    async fn the_next_attempt_is_asked_for_after_a_failure_also_if_it_was_reported_before() {
+        let failed = event("FIRMWARE_UPGRADE_FAIL", Some("InstallFailed"));
+        assert_eq!(done(&failed, Some(JobExecutionStatus::InProgress), None).await, ["FAILED", SOON, LATER]);
+        assert_eq!(done(&failed, None, None).await, [SOON, LATER]);
+        // Of a time-out the event of AWS IoT Jobs tells.
+        let timed_out = event("FIRMWARE_UPGRADE_FAIL", Some("DeviceTimedOut"));
+        assert_eq!(done(&timed_out, Some(JobExecutionStatus::InProgress), None).await, ["IN_PROGRESS"]);
+    }
+
+    /// The job was deleted and made again: what the earlier one's workflow still says is not about it.
+    #[tokio::test]
+    async fn a_report_on_another_job_execution_of_that_number_changes_nothing() {
+        let mut success = event("FIRMWARE_UPGRADE_SUCCESS", Some("Upgraded"));
+        for (queued_at, updates) in [(Some(7), vec!["SUCCEEDED", VERSION]), (Some(6), vec![VERSION])] {
+            success.queued_at = queued_at;
+            assert_eq!(done(&success, Some(JobExecutionStatus::InProgress), None).await, updates);
+        }
+    }
     #[tokio::test]
     async fn details_that_are_refused_all_the_same_are_left_out() {
+        let meta = |code: &str| aws_sdk_iotjobsdataplane::error::ErrorMetadata::builder().code(code).build();
+        let describe =
+            mock!(aws_sdk_iotjobsdataplane::Client::describe_job_execution).match_requests(|_| true).then_output(|| {
+                let execution = JobExecution::builder().status(JobExecutionStatus::Queued).queued_at(7);
+                DescribeJobExecutionOutput::builder().execution(execution.build()).build()
+            });
         let refused = mock!(aws_sdk_iotjobsdataplane::Client::update_job_execution)
             .match_requests(|request| request.status_details().is_some())
-            .then_error(|| {
-                let code = aws_sdk_iotjobsdataplane::error::ErrorMetadata::builder().code("InvalidRequestException");
-                let error = InvalidRequestException::builder().meta(code.build());
-                UpdateJobExecutionError::InvalidRequestException(error.build())
-            });
+            .then_error(move || UpdateJobExecutionError::generic(meta("InvalidRequestException")));
         let told = mock!(aws_sdk_iotjobsdataplane::Client::update_job_execution)
             .match_requests(|request| {
-                request.status_details().is_none() && request.status() == Some(&JobExecutionStatus::Failed)
+                request.status_details().is_none() && request.status() == Some(&JobExecutionStatus::InProgress)
             })
             .then_output(|| UpdateJobExecutionOutput::builder().build());
-        let client = mock_client!(aws_sdk_iotjobsdataplane, RuleMode::MatchAny, [&refused, &told]);
-        let body = serde_json::to_string(&event("FIRMWARE_UPGRADE_FAIL", Some("InstallFailed"))).unwrap();
-        assert_eq!(handle(&client, &body).await, Ok(()));
+        let jobs = mock_client!(aws_sdk_iotjobsdataplane, RuleMode::MatchAny, [&describe, &refused, &told]);
+        let adapters = Adapters {
+            executions: JobExecutions::new(jobs.clone()),
+            jobs,
+            iot: mock_client!(aws_sdk_iot, []),
+            notifications: notifications(Updates::default()),
+        };
+        let body = serde_json::to_string(&event("FIRMWARE_UPGRADE_STARTED", None)).unwrap();
+        assert_eq!(handle(&adapters, &body).await, Ok(()));
         assert_eq!((refused.num_calls(), told.num_calls()), (1, 1));
-    }
-
-    #[tokio::test]
-    async fn a_final_job_execution_is_no_error_and_a_throttled_call_is() {
-        let body = serde_json::to_string(&event("FIRMWARE_UPGRADE_SUCCESS", None)).unwrap();
-        let meta = |code: &str| aws_sdk_iotjobsdataplane::error::ErrorMetadata::builder().code(code).build();
-        let is_final = mock!(aws_sdk_iotjobsdataplane::Client::update_job_execution).then_error(move || {
-            let error = InvalidStateTransitionException::builder().meta(meta("InvalidStateTransitionException"));
-            UpdateJobExecutionError::InvalidStateTransitionException(error.build())
-        });
-        assert_eq!(handle(&mock_client!(aws_sdk_iotjobsdataplane, [&is_final]), &body).await, Ok(()));
-        let throttled = mock!(aws_sdk_iotjobsdataplane::Client::update_job_execution).then_error(move || {
-            let error = ThrottlingException::builder().meta(meta("ThrottlingException"));
-            UpdateJobExecutionError::ThrottlingException(error.build())
-        });
-        let error = handle(&mock_client!(aws_sdk_iotjobsdataplane, [&throttled]), &body).await.unwrap_err();
-        assert_eq!(error.name, ErrorName::Throttled);
     }
 }

@@ -2,5 +2,6 @@
 
 pub mod rendezvous;
 pub mod start_workflow;
+pub mod started;
 pub mod stop_workflow;
 pub mod store_task_token;

@@ -66,6 +66,7 @@ pub struct Wait {
     pub task_token: String,
     /// How often the state has been retried: a slow function of an earlier attempt must not replace the token of a
     /// later one.
+    #[serde(deserialize_with = "protocol::whole")]
     pub attempt: u32,
     /// The version that the answer must report; any, if absent.
     #[serde(default)]

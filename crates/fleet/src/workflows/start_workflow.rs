@@ -1,13 +1,15 @@
 //! A job has reached a device, a device has come online or has failed to update itself, or a schedule is due: starts the
 //! workflow, once.
 
+use super::started::{Started, StartedOperations};
 use crate::error::{aws, code, unbuilt};
-use crate::queue::{MqttMessage, json};
+use crate::job_executions::{JobExecutions, unix_seconds};
+use crate::queue::{MqttMessage, NextOf, json};
 use crate::{Error, ErrorName, things};
 use protocol::job::{JobDocument, NextExecution, NotifyNext, UpgradeInput, WorkflowName};
 use protocol::recovery::{Failure, UPDATE_REPORTS_TOPIC, UpdateReport};
 use protocol::settings::ConfigPushInput;
-use protocol::{InvalidId, OperationId, PresenceEvent, ThingName};
+use protocol::{InvalidId, JobId, OperationId, PresenceEvent, ThingName};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
@@ -27,6 +29,14 @@ pub struct Adapters {
     pub failed_update_recovery_arn: String,
     /// The state machine that runs jobs on premises.
     pub on_premises_job_arn: String,
+    /// Tells whether a job execution still waits.
+    pub executions: JobExecutions,
+    /// By which job executions' events find what runs.
+    pub started: StartedOperations,
+    /// The stack's name: jobs that name another one are left to that.
+    pub stack: String,
+    /// Whether jobs that name no stack are this one's.
+    pub owns_device_topics: bool,
 }
 
 /// An execution to start, once.
@@ -35,6 +45,8 @@ struct Start<'a> {
     /// What makes it this one and no other.
     key: [String; 3],
     input: Result<String, serde_json::Error>,
+    /// The job execution that it is for, if it is for one.
+    job: Option<(ThingName, JobId, Started)>,
 }
 
 /// A schedule that is due, as `JobScheduleResource` of the template puts it into a queue.
@@ -47,17 +59,34 @@ struct Scheduled {
 }
 
 /// Handles one queued message: of the broker (a job that has reached its device, a device that has come online, or a
-/// report of a failed update), or of a schedule. A repeat starts nothing; a job that is not ours is left alone, and so is what is
-/// no thing.
+/// report of a failed update), of a schedule, or a question for a device's next job. A repeat starts nothing; a job that is not
+/// ours is left alone, and so is what is no thing.
 pub async fn handle(adapters: &Adapters, body: &str) -> Result<(), Error> {
-    let start = match json::<Scheduled>("schedule", body.as_bytes()) {
-        Ok(scheduled) => Some(of_schedule(adapters, &scheduled)),
-        Err(_) => of_message(adapters, &MqttMessage::parse(body)?).await?,
+    let start = if let Ok(scheduled) = json::<Scheduled>("schedule", body.as_bytes()) {
+        Some(of_schedule(adapters, &scheduled))
+    } else if let Ok(NextOf { next_of: thing }) = json("question", body.as_bytes()) {
+        let execution = adapters.executions.next_queued(&thing).await?;
+        of_job(adapters, thing, NotifyNext { execution })?
+    } else {
+        of_message(adapters, &MqttMessage::parse(body)?).await?
     };
     match start {
-        Some(start) => begin(adapters, start).await,
-        None => Ok(()),
+        Some(start) if is_due(adapters, &start).await? => begin(adapters, start).await,
+        _ => Ok(()),
     }
+}
+
+/// Whether the execution shall start. That of a job execution not if it has ended meanwhile: whoever ends one looks first for what
+/// runs and here it is written first, so one of the two sees the other.
+async fn is_due(adapters: &Adapters, start: &Start<'_>) -> Result<bool, Error> {
+    let Some((thing, job, operation)) = &start.job else { return Ok(true) };
+    adapters.started.add(thing, job, operation).await?;
+    let (number, queued_at) = (operation.execution_number, operation.queued_at);
+    let is_due = adapters.executions.pending(thing, job, number, queued_at).await?.is_some();
+    if !is_due {
+        tracing::info!(thing = thing.as_str(), job = job.as_str(), number, queued_at, outcome = "LATE");
+    }
+    Ok(is_due)
 }
 
 /// What a message of the broker starts, if anything.
@@ -88,7 +117,12 @@ async fn begin(adapters: &Adapters, start: Start<'_>) -> Result<(), Error> {
 /// The job on premises that is due.
 fn of_schedule<'a>(adapters: &'a Adapters, scheduled: &Scheduled) -> Start<'a> {
     let key = ["scheduled".to_owned(), "job".to_owned(), scheduled.scheduled_time.clone()];
-    Start { state_machine: &adapters.on_premises_job_arn, key, input: serde_json::to_string(&scheduled.input) }
+    Start {
+        state_machine: &adapters.on_premises_job_arn,
+        key,
+        input: serde_json::to_string(&scheduled.input),
+        job: None,
+    }
 }
 
 /// The workflow of a job execution, by the job's document.
@@ -97,10 +131,14 @@ fn of_job(adapters: &Adapters, thing: ThingName, next: NotifyNext) -> Result<Opt
         tracing::info!(thing = thing.as_str(), outcome = "IGNORED", "nothing is pending");
         return Ok(None);
     };
-    let NextExecution { job_id, execution_number, job_document } = execution;
+    let NextExecution { job_id, execution_number, queued_at, job_document } = execution;
+    let queued_at = queued_at.map(unix_seconds);
     let workflow = job_document.get("workflow");
-    // Other products' jobs may have workflows too.
-    if workflow.is_none_or(|name| WorkflowName::deserialize(name).is_err()) {
+    let stack = job_document.get("stack").and_then(Value::as_str);
+    // Other products' jobs may have workflows too, and another stack of ours has jobs of its own.
+    let is_ours = workflow.is_some_and(|name| WorkflowName::deserialize(name).is_ok())
+        && stack.map_or(adapters.owns_device_topics, |stack| stack == adapters.stack);
+    if !is_ours {
         tracing::info!(thing = thing.as_str(), job = job_id.as_str(), outcome = "IGNORED", "foreign job");
         return Ok(None);
     }
@@ -109,10 +147,13 @@ fn of_job(adapters: &Adapters, thing: ThingName, next: NotifyNext) -> Result<Opt
     let state_machine = match document.workflow {
         WorkflowName::FirmwareUpgrade => &adapters.firmware_upgrade_arn,
     };
-    let operation_id = OperationId::of_job_execution(&job_id, execution_number);
-    let key = [job_id.to_string(), thing.to_string(), execution_number.to_string()];
-    let input = UpgradeInput { thing_name: thing, job_id, execution_number, operation_id, document };
-    Ok(Some(Start { state_machine, key, input: serde_json::to_string(&input) }))
+    let operation_id = OperationId::of_job_execution(&job_id, execution_number, queued_at);
+    let attempt = queued_at.map_or(execution_number.to_string(), |time| format!("{execution_number}-{time}"));
+    let key = [job_id.to_string(), thing.to_string(), attempt];
+    let job =
+        (thing.clone(), job_id.clone(), Started { operation_id: operation_id.clone(), execution_number, queued_at });
+    let input = UpgradeInput { thing_name: thing, job_id, execution_number, queued_at, operation_id, document };
+    Ok(Some(Start { state_machine, key, input: serde_json::to_string(&input), job: Some(job) }))
 }
 
 /// The configuration push of a session; none if its client is no thing, or one that has no user. The connection's number
@@ -130,7 +171,7 @@ async fn of_session<'a>(adapters: &'a Adapters, event: &PresenceEvent) -> Result
     }
     let key = [thing_name.to_string(), event.session_identifier.clone(), event.version_number.to_string()];
     let input = ConfigPushInput { thing_name, connected_at: event.timestamp, external_id };
-    Ok(Some(Start { state_machine: &adapters.config_push_arn, key, input: serde_json::to_string(&input) }))
+    Ok(Some(Start { state_machine: &adapters.config_push_arn, key, input: serde_json::to_string(&input), job: None }))
 }
 
 /// The recovery of a failed update. The execution's name is its operation.
@@ -139,7 +180,12 @@ fn of_failure(adapters: &Adapters, report: UpdateReport, received_at: i64) -> Re
     let key = [thing_name.to_string(), timestamp.to_string(), "failed".to_owned()];
     let operation_id = execution_name(&key).parse().map_err(unbuilt)?;
     let input = Failure { thing_name, operation_id, timestamp, received_at, model, firmware };
-    Ok(Start { state_machine: &adapters.failed_update_recovery_arn, key, input: serde_json::to_string(&input) })
+    Ok(Start {
+        state_machine: &adapters.failed_update_recovery_arn,
+        key,
+        input: serde_json::to_string(&input),
+        job: None,
+    })
 }
 
 fn thing_of_topic(topic: &str) -> Result<ThingName, Error> {
@@ -171,6 +217,9 @@ fn execution_name(parts: &[String; 3]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use aws_sdk_dynamodb::operation::put_item::PutItemOutput;
+    use aws_sdk_iotjobsdataplane::operation::describe_job_execution::DescribeJobExecutionOutput;
+    use aws_sdk_iotjobsdataplane::types::{JobExecution, JobExecutionStatus};
     use aws_sdk_sfn::operation::start_execution::{StartExecutionError, StartExecutionOutput};
     use aws_smithy_mocks::{mock, mock_client};
 
@@ -190,7 +239,9 @@ mod tests {
 
     fn message(document: &serde_json::Value) -> String {
         use base64::{Engine, prelude::BASE64_STANDARD};
-        let execution = serde_json::json!({"jobId": "job-1", "executionNumber": 2, "jobDocument": document});
+        let execution = serde_json::json!({
+            "jobId": "job-1", "executionNumber": 2, "queuedAt": 1_795_238_492, "jobDocument": document,
+        });
         let payload = serde_json::json!({"timestamp": 1, "execution": execution}).to_string();
         let topic = "$aws/things/gateway-1/jobs/notify-next";
         serde_json::json!({"topic": topic, "payload": BASE64_STANDARD.encode(payload)}).to_string()
@@ -203,10 +254,42 @@ mod tests {
         })
     }
 
+    /// AWS IoT Jobs, whose second job execution of each job on each thing was queued then.
+    fn executions(queued_at: i64) -> JobExecutions {
+        let describe = mock!(aws_sdk_iotjobsdataplane::Client::describe_job_execution)
+            .match_requests(|request| request.execution_number() == Some(2))
+            .then_output(move || {
+                let execution = JobExecution::builder().status(JobExecutionStatus::Queued).queued_at(queued_at);
+                DescribeJobExecutionOutput::builder().execution(execution.build()).build()
+            });
+        JobExecutions::new(mock_client!(aws_sdk_iotjobsdataplane, [&describe]))
+    }
+
+    fn remembered() -> StartedOperations {
+        let put = mock!(aws_sdk_dynamodb::Client::put_item)
+            .match_requests(|request| {
+                let item = request.item().unwrap();
+                item["operation"].as_s().unwrap() == "gateway-1#job#job-1"
+                    && item["step"].as_s().unwrap() == "job-1-2-1795238492"
+                    && item["queuedAt"].as_n().unwrap() == "1795238492"
+            })
+            .then_output(|| PutItemOutput::builder().build());
+        StartedOperations::new(mock_client!(aws_sdk_dynamodb, [&put]), "rendezvous".into())
+    }
+
     async fn outcome(code: Option<&'static str>, document: &serde_json::Value) -> (Result<(), Error>, usize) {
+        outcome_of(code, document, 1_795_238_492).await
+    }
+
+    async fn outcome_of(
+        code: Option<&'static str>,
+        document: &serde_json::Value,
+        queued_at: i64,
+    ) -> (Result<(), Error>, usize) {
         let start = mock!(aws_sdk_sfn::Client::start_execution).match_requests(|request| {
             let input: UpgradeInput = serde_json::from_str(request.input().unwrap()).unwrap();
-            input.operation_id.as_str() == "job-1-2" && request.name().unwrap().starts_with("job-1-gateway-1-2-")
+            input.operation_id.as_str() == "job-1-2-1795238492"
+                && request.name().unwrap().starts_with("job-1-gateway-1-2-1795238492-")
         });
         let start = match code {
             None => start.then_output(|| {
@@ -224,6 +307,10 @@ mod tests {
             config_push_arn: "arn:config-push".into(),
             failed_update_recovery_arn: "arn:recovery".into(),
             on_premises_job_arn: "arn:on-premises".into(),
+            executions: executions(queued_at),
+            started: remembered(),
+            stack: "fleetflow".into(),
+            owns_device_topics: true,
         };
         (handle(&adapters, &message(document)).await, start.num_calls())
     }
@@ -247,6 +334,10 @@ mod tests {
             config_push_arn: String::new(),
             failed_update_recovery_arn: String::new(),
             on_premises_job_arn: "arn:on-premises".into(),
+            executions: executions(0),
+            started: remembered(),
+            stack: "fleetflow".into(),
+            owns_device_topics: true,
         };
         let body = r#"{"scheduledTime":"2026-11-24T03:00:00Z","input":{"a":15,"b":42}}"#;
         assert_eq!(handle(&adapters, body).await, Ok(()));
@@ -263,10 +354,22 @@ mod tests {
         assert!(result.unwrap_err().name.is_transient());
     }
 
+    /// Whoever deletes or cancels a job before its notification is handled finds nothing that runs.
+    #[tokio::test]
+    async fn a_job_execution_that_is_gone_by_then_starts_nothing() {
+        assert_eq!(outcome_of(None, &ours(), 1_795_238_493).await, (Ok(()), 0));
+    }
+
     #[tokio::test]
     async fn a_foreign_job_is_left_alone_and_a_broken_document_of_ours_is_told() {
         for foreign in [serde_json::json!({"operation": "reboot"}), serde_json::json!({"workflow": "reboot"})] {
             assert_eq!(outcome(None, &foreign).await, (Ok(()), 0));
+        }
+        // Two stacks in an account hear of each other's jobs; those made before name none.
+        let mut named = ours();
+        for (stack, starts) in [("fleetflow", 1), ("fleetflow-2", 0)] {
+            named["stack"] = stack.into();
+            assert_eq!(outcome(None, &named).await, (Ok(()), starts), "{stack}");
         }
         let (result, starts) = outcome(None, &serde_json::json!({"workflow": "firmware-upgrade"})).await;
         assert_eq!((result.unwrap_err().name, starts), (ErrorName::InvalidInput, 0));
@@ -297,6 +400,10 @@ mod tests {
             config_push_arn: "arn:config-push".into(),
             failed_update_recovery_arn: "arn:recovery".into(),
             on_premises_job_arn: String::new(),
+            executions: executions(0),
+            started: remembered(),
+            stack: "fleetflow".into(),
+            owns_device_topics: true,
         };
         let message = serde_json::json!({
             "topic": topic, "payload": BASE64_STANDARD.encode(payload.to_string()), "clientId": "gateway-7",

@@ -1,49 +1,146 @@
-//! A job execution has ended behind its workflow's back: cancelled by an operator, timed out by AWS IoT Jobs.
+//! A job execution has ended behind its workflow's back: cancelled or deleted by an operator, timed out by AWS IoT Jobs.
 
 use super::rendezvous::{Operation, Rendezvous};
-use crate::error::aws;
-use crate::queue::MqttMessage;
+use super::started::{Started, StartedOperations};
+use crate::job_executions::JobExecutions;
+use crate::queue::{MqttMessage, Queue};
 use crate::{Error, ErrorName};
-use protocol::OperationId;
 use protocol::job::JobExecutionEvent;
+use protocol::{JobId, OperationId, ThingName};
 
 /// What the handler reaches.
 #[derive(Debug)]
 pub struct Adapters {
     /// Where the workflow waits.
     pub rendezvous: Rendezvous,
-    /// Tells the number of a job execution.
-    pub iot: aws_sdk_iot::Client,
+    /// What has been started for a job on a thing.
+    pub started: StartedOperations,
+    /// Tells which of these still have their job executions.
+    pub executions: JobExecutions,
+    /// Where start-workflow is asked to look for the next attempt.
+    pub notifications: Queue,
 }
 
 /// Handles one queued job execution event. The workflow learns of it in the wait that it is in, or in its next one,
 /// even if it has not begun yet; then it tells the device and ends.
+///
+/// The event does not say which attempt has ended, and may come when the next one is under way already: of those that have been
+/// started each is looked up, and one that AWS IoT Jobs still has is left alone. One that is started later looks itself.
 pub async fn handle(adapters: &Adapters, body: &str) -> Result<(), Error> {
-    let event: JobExecutionEvent = MqttMessage::parse(body)?.json()?;
-    let error = match event.status.as_str() {
-        "TIMED_OUT" => Error::new(ErrorName::JobTimedOut, "the job's timer ended the job execution"),
-        "CANCELED" | "REMOVED" | "REJECTED" => {
-            Error::new(ErrorName::JobCanceled, format!("the job execution is {}", event.status))
+    let message = MqttMessage::parse(body)?;
+    let event: JobExecutionEvent = message.json()?;
+    let error = match message.topic.rsplit('/').next().unwrap_or_default() {
+        "timed_out" => Error::new(ErrorName::JobTimedOut, "the job's timer ended the job execution"),
+        end @ ("canceled" | "removed" | "rejected" | "deleted") => {
+            Error::new(ErrorName::JobCanceled, format!("the job execution is {end}"))
         }
         _ => return Ok(()),
     };
     let thing = event
         .thing_name()
         .ok_or_else(|| Error::new(ErrorName::MalformedMessage, format!("thingArn: got {:?}", event.thing_arn)))?;
-    let number = match event.execution_number {
-        Some(number) => number,
-        None => execution_number(&adapters.iot, &event).await?,
-    };
-    let operation = Operation::new(&thing, &OperationId::of_job_execution(&event.job_id, number));
-    adapters.rendezvous.fail(&operation, &error).await?;
-    tracing::info!(operation = operation.key(), error = error.name.as_str(), outcome = "APPLIED");
+    for operation_id in ended(adapters, &thing, &event.job_id).await? {
+        let operation = Operation::new(&thing, &operation_id);
+        adapters.rendezvous.fail(&operation, &error).await?;
+        if error.name == ErrorName::JobTimedOut {
+            adapters.notifications.ask_for_next(&thing).await?;
+        }
+        adapters.started.remove(&thing, &event.job_id, &operation_id).await?;
+        tracing::info!(operation = operation.key(), error = error.name.as_str(), outcome = "APPLIED");
+    }
     Ok(())
 }
 
-/// The documented form of the event has no execution number; the last one is meant then.
-async fn execution_number(iot: &aws_sdk_iot::Client, event: &JobExecutionEvent) -> Result<i64, Error> {
-    let thing = event.thing_name().map(String::from).unwrap_or_default();
-    let request = iot.describe_job_execution().job_id(event.job_id.as_str()).thing_name(thing);
-    let output = request.send().await.map_err(|error| aws("iot:DescribeJobExecution", &error))?;
-    Ok(output.execution.and_then(|execution| execution.execution_number).unwrap_or(1))
+/// What has been started for a job on a thing and has its job execution no more.
+async fn ended(adapters: &Adapters, thing: &ThingName, job: &JobId) -> Result<Vec<OperationId>, Error> {
+    let mut ended = Vec::new();
+    for Started { operation_id, execution_number, queued_at } in adapters.started.of(thing, job).await? {
+        if adapters.executions.pending(thing, job, execution_number, queued_at).await?.is_none() {
+            ended.push(operation_id);
+        }
+    }
+    Ok(ended)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use aws_sdk_dynamodb::operation::query::QueryOutput;
+    use aws_sdk_iotjobsdataplane::error::ErrorMetadata;
+    use aws_sdk_iotjobsdataplane::operation::describe_job_execution::{
+        DescribeJobExecutionError, DescribeJobExecutionOutput,
+    };
+    use aws_sdk_iotjobsdataplane::types::{JobExecution, JobExecutionStatus};
+    use aws_smithy_mocks::{RuleMode, mock, mock_client};
+    use base64::{Engine, prelude::BASE64_STANDARD};
+    use serde_json::json;
+
+    fn adapters(dynamodb: aws_sdk_dynamodb::Client, jobs: aws_sdk_iotjobsdataplane::Client) -> Adapters {
+        let config = aws_config::SdkConfig::builder().behavior_version(aws_config::BehaviorVersion::latest()).build();
+        Adapters {
+            rendezvous: Rendezvous::new(&config, "rendezvous".into()),
+            started: StartedOperations::new(dynamodb, "rendezvous".into()),
+            executions: JobExecutions::new(jobs),
+            notifications: Queue::new(&config, "queue".into()),
+        }
+    }
+
+    /// Of three attempts that have been started the last is under way, and the second one's number is another job's by now.
+    #[tokio::test]
+    async fn an_event_that_names_no_attempt_is_for_those_that_have_ended() {
+        let query = mock!(aws_sdk_dynamodb::Client::query)
+            .match_requests(|request| {
+                request.expression_attribute_values().unwrap()[":operation"].as_s().unwrap() == "gateway-1#job#job-1"
+            })
+            .then_output(|| {
+                let item = |(number, time): (i64, i64)| {
+                    let operation = format!("job-1-{number}-{time}");
+                    let item = json!({"step": operation, "executionNumber": number, "queuedAt": time, "expiresAt": 1});
+                    serde_dynamo::to_item(item).unwrap()
+                };
+                QueryOutput::builder().set_items(Some([(1, 10), (2, 20), (3, 30)].map(item).into())).build()
+            });
+        let first = mock!(aws_sdk_iotjobsdataplane::Client::describe_job_execution)
+            .match_requests(|request| request.execution_number() == Some(1))
+            .then_error(|| {
+                let code = ErrorMetadata::builder().code("TerminalStateException");
+                DescribeJobExecutionError::generic(code.build())
+            });
+        let others = mock!(aws_sdk_iotjobsdataplane::Client::describe_job_execution)
+            .match_requests(|request| request.execution_number() != Some(1))
+            .then_output(|| {
+                let execution = JobExecution::builder().status(JobExecutionStatus::InProgress).queued_at(30);
+                DescribeJobExecutionOutput::builder().execution(execution.build()).build()
+            });
+        let jobs = mock_client!(aws_sdk_iotjobsdataplane, RuleMode::MatchAny, [&first, &others]);
+        let adapters = adapters(mock_client!(aws_sdk_dynamodb, [&query]), jobs);
+        let ended = ended(&adapters, &"gateway-1".parse().unwrap(), &"job-1".parse().unwrap()).await.unwrap();
+        assert_eq!(ended.iter().map(OperationId::as_str).collect::<Vec<_>>(), ["job-1-1-10", "job-1-2-20"]);
+    }
+
+    /// An event as AWS sends it: it has neither number nor time, and that of a deletion no status.
+    #[tokio::test]
+    async fn every_end_but_the_workflows_own_is_heard() {
+        for (end, heard) in [
+            ("timed_out", 1),
+            ("canceled", 1),
+            ("removed", 1),
+            ("rejected", 1),
+            ("deleted", 1),
+            ("succeeded", 0),
+            ("failed", 0),
+        ] {
+            let query = mock!(aws_sdk_dynamodb::Client::query).then_output(|| QueryOutput::builder().build());
+            let adapters =
+                adapters(mock_client!(aws_sdk_dynamodb, [&query]), mock_client!(aws_sdk_iotjobsdataplane, []));
+            let payload = json!({
+                "eventType": "JOB_EXECUTION", "eventId": "e", "timestamp": 1_795_238_500, "operation": end,
+                "jobId": "job-1", "thingArn": "arn:aws:iot:eu-west-1:123456789012:thing/gateway-1", "statusDetails": {},
+            });
+            let topic = format!("$aws/events/jobExecution/job-1/{end}");
+            let body = json!({"topic": topic, "payload": BASE64_STANDARD.encode(payload.to_string())});
+            assert_eq!(handle(&adapters, &body.to_string()).await, Ok(()), "{end}");
+            assert_eq!(query.num_calls(), heard, "{end}");
+        }
+    }
 }

@@ -8,11 +8,13 @@ use fleet::devices::worker_jobs::{self, WorkerJobs};
 use fleet::devices::{
     configure_iot, get_device_settings, handle_device_response, presence, publish_to_device, settings,
 };
+use fleet::job_executions::JobExecutions;
 use fleet::jobs::{create_job, update_job};
 use fleet::lambda::{MAX_BATCH_BYTES, MAX_INPUT_BYTES, QueuedMessage, SqsEvent, batch, decode};
-use fleet::queue::DeadLetters;
+use fleet::queue::{DeadLetters, Queue};
 use fleet::recovery::{Limits, RecoveryTable, Registry, record_success, restore_attributes, retry_counter};
 use fleet::telemetry::{check_remediation, ingest_telemetry, remediate};
+use fleet::workflows::started::StartedOperations;
 use fleet::workflows::{rendezvous::Rendezvous, start_workflow, stop_workflow, store_task_token};
 use fleet::{Error, ErrorName};
 use ureq::http::{Request, Response, Uri};
@@ -63,7 +65,7 @@ pub(crate) struct Functions {
     stop: stop_workflow::Adapters,
     responses: handle_device_response::Adapters,
     registry: Registry,
-    job_updates: aws_sdk_iotjobsdataplane::Client,
+    job_updates: update_job::Adapters,
     telemetry: ingest_telemetry::Adapters,
     remedies: remediate::Adapters,
     jobs: create_job::Adapters,
@@ -115,6 +117,10 @@ impl Functions {
         let (iot, s3) = (aws_sdk_iot::Client::new(aws), aws_sdk_s3::Client::new(aws));
         let mqtt = aws_sdk_iotdataplane::Client::new(aws);
         let worker_jobs = WorkerJobs::new(aws, mqtt.clone(), limits);
+        let job_executions = aws_sdk_iotjobsdataplane::Client::new(aws);
+        let executions = JobExecutions::new(job_executions.clone());
+        let started = StartedOperations::new(aws_sdk_dynamodb::Client::new(aws), text());
+        let notifications = Queue::new(aws, text());
         let registry = Registry { iot: iot.clone(), table: RecoveryTable::new(aws, text()) };
         Self {
             presence: presence::Adapters {
@@ -129,9 +135,19 @@ impl Functions {
                 config_push_arn: text(),
                 failed_update_recovery_arn: text(),
                 on_premises_job_arn: text(),
+                executions: executions.clone(),
+                started: started.clone(),
+                stack: text(),
+                owns_device_topics: true,
             },
-            stop: stop_workflow::Adapters { rendezvous: rendezvous.clone(), iot: iot.clone() },
+            stop: stop_workflow::Adapters {
+                rendezvous: rendezvous.clone(),
+                started,
+                executions: executions.clone(),
+                notifications: notifications.clone(),
+            },
             responses: handle_device_response::Adapters {
+                owns_device_topics: true,
                 rendezvous: rendezvous.clone(),
                 registry: device_registry.clone(),
                 settings: settings.clone(),
@@ -141,7 +157,7 @@ impl Functions {
                 worker_jobs: worker_jobs.clone(),
             },
             registry: registry.clone(),
-            job_updates: aws_sdk_iotjobsdataplane::Client::new(aws),
+            job_updates: update_job::Adapters { jobs: job_executions, executions, iot: iot.clone(), notifications },
             telemetry: ingest_telemetry::Adapters::new(aws, readings()),
             remedies: remediate::Adapters::new(aws, mqtt.clone(), remedies(), rules()),
             jobs: create_job::Adapters {
