@@ -83,8 +83,8 @@ fn job_executions_are_updated_where_the_account_has_them() {
     for (overrides, first_byte) in [
         // A TLS handshake (RFC 8446, 5.1) with the host, and plain requests to a local cloud.
         (None, 22),
-        (Some("AWS_ENDPOINT_URL"), b'P'),
-        (Some("AWS_ENDPOINT_URL_IOT_JOBS_DATA_PLANE"), b'P'),
+        (Some("AWS_ENDPOINT_URL"), b'G'),
+        (Some("AWS_ENDPOINT_URL_IOT_JOBS_DATA_PLANE"), b'G'),
     ] {
         let called = TcpListener::bind("127.0.0.1:0").unwrap();
         let host = called.local_addr().unwrap().to_string();
@@ -94,6 +94,7 @@ fn job_executions_are_updated_where_the_account_has_them() {
             ("AWS_ACCESS_KEY_ID", "test"),
             ("AWS_SECRET_ACCESS_KEY", "test"),
             ("DEAD_LETTER_QUEUE_URL", "http://localhost:1/queue"),
+            ("JOB_NOTIFICATIONS_QUEUE_URL", "http://localhost:1/queue"),
             ("IOT_JOBS_ENDPOINT", endpoint),
         ];
         variables.extend(overrides.map(|name| (name, url.as_str())));

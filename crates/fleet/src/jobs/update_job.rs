@@ -373,8 +373,9 @@ mod tests {
     #[tokio::test]
     async fn details_that_are_refused_all_the_same_are_left_out() {
         let meta = |code: &str| aws_sdk_iotjobsdataplane::error::ErrorMetadata::builder().code(code).build();
-        let describe =
-            mock!(aws_sdk_iotjobsdataplane::Client::describe_job_execution).match_requests(|_| true).then_output(|| {
+        let describe = mock!(aws_sdk_iotjobsdataplane::Client::describe_job_execution)
+            .match_requests(|_| true)
+            .then_output(|| {
                 let execution = JobExecution::builder().status(JobExecutionStatus::Queued).queued_at(7);
                 DescribeJobExecutionOutput::builder().execution(execution.build()).build()
             });
