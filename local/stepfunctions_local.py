@@ -468,6 +468,25 @@ def invoke_lambda_function(*arguments, **keywords):
 lambda_eval_utils._invoke_lambda_function = invoke_lambda_function
 
 
+# Gap: JSONata has one kind of number, and no document says whether a whole one that it has computed comes as 3600 or as 3600.0.
+# Here it comes as the latter, under the names that state machines compute: what reads it so reads the other as well.
+
+COMPUTED = ("urlLifetimeSeconds", "connectedAt")
+
+_to_payload_type = lambda_eval_utils.to_payload_type
+
+
+def as_computed(value):
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: float(item) if key in COMPUTED and type(item) is int else as_computed(item) for key, item in value.items()
+    }
+
+
+lambda_eval_utils.to_payload_type = lambda payload: _to_payload_type(as_computed(payload))
+
+
 # Gap: moto takes any name, calls every execution without a name `None`, and starts two executions when two requests with
 # the same name come at the same time.
 

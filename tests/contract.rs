@@ -522,7 +522,9 @@ fn a_second_stack_leaves_what_topics_do_not_tell_apart_to_the_first() {
         "Tenant2AnswersRule",
     ];
     assert_eq!(left, expected.map(str::to_owned).into());
-    for function in ["StartWorkflowFunction", "HandleDeviceResponseFunction"] {
+    let asked =
+        ["StartWorkflowFunction", "HandleDeviceResponseFunction", "PublishToDeviceFunction", "StoreTaskTokenFunction"];
+    for function in asked {
         let variables = &resources("AWS::Serverless::Function")[function]["Properties"]["Environment"]["Variables"];
         assert_eq!(variables["DEVICE_TOPICS"], "DeviceTopics", "{function}");
     }

@@ -11,6 +11,7 @@ mod on_premises;
 mod presence;
 mod public_devices;
 mod recovery;
+mod stacks;
 mod telemetry;
 mod watch;
 mod workflow;

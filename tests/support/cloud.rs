@@ -76,11 +76,20 @@ fn variable(name: &str) -> String {
 impl Cloud {
     /// Reaches the stack that the environment names.
     pub async fn connect() -> Self {
+        Self::connect_to(&variable("FLEETFLOW_STACK")).await
+    }
+
+    /// Reaches the account's second stack, which shares the topics of devices.
+    pub async fn connect_to_second() -> Self {
+        Self::connect_to(&variable("FLEETFLOW_SECOND_STACK")).await
+    }
+
+    async fn connect_to(name: &str) -> Self {
         let _ = rustls::crypto::ring::default_provider().install_default();
         let https = Builder::new().tls_provider(Provider::Rustls(CryptoMode::Ring)).build_https();
         let config = aws_config::defaults(BehaviorVersion::latest()).http_client(https).load().await;
         let cloudformation = aws_sdk_cloudformation::Client::new(&config);
-        let stacks = cloudformation.describe_stacks().stack_name(variable("FLEETFLOW_STACK")).send().await;
+        let stacks = cloudformation.describe_stacks().stack_name(name).send().await;
         let stack = stacks.expect("the stack").stacks.unwrap_or_default().remove(0);
         let outputs = stack.outputs.unwrap_or_default().into_iter();
         Self {

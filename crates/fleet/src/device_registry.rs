@@ -30,9 +30,8 @@ pub struct DeviceRegistry {
 
 impl DeviceRegistry {
     /// The registry of this account, unless another stack of it hears the devices: that one records what they say.
-    pub fn from_environment(config: &aws_config::SdkConfig) -> Self {
-        let is_ours = crate::config::optional("DEVICE_TOPICS").as_deref() != Some("shared");
-        Self { iot: is_ours.then(|| aws_sdk_iot::Client::new(config)) }
+    pub fn new(config: &aws_config::SdkConfig, owns_device_topics: bool) -> Self {
+        Self { iot: owns_device_topics.then(|| aws_sdk_iot::Client::new(config)) }
     }
 
     /// Records what a device has said, if the thing's attributes say something else. All other attributes stay, and what

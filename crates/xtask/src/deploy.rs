@@ -16,6 +16,12 @@ use crate::python::Venvs;
 /// The parameters of the `local` environment in samconfig.toml.
 const LOCAL_PARAMETERS: [&str; 2] = ["MaximumConcurrency=5", "AnomalyAlarms=false"];
 
+/// A second stack in the same account.
+pub(crate) const SECOND_STACK: &str = "fleetflow-2";
+
+/// What a second stack needs to be told.
+const SECOND_PARAMETERS: &[(&str, &str)] = &[("DeviceTopics", "shared"), ("FailedGroupName", "FailedToUpdateToo")];
+
 /// The outputs of the deployed stack.
 pub(crate) struct Outputs(BTreeMap<String, String>);
 
@@ -59,7 +65,13 @@ pub(crate) fn deploy_with(
         project.processes.run("The packaging of the functions", &mut package, &cloud.run.log("package"))?;
         step.done();
     }
-    deploy_template(project, cloud, &folder, parameters)
+    deploy_template(project, cloud, STACK, &folder, parameters)
+}
+
+/// Deploys what [`deploy`] has packaged once more, as a second stack that leaves the topics of devices to the first.
+pub(crate) fn deploy_second(project: &Project, cloud: &Cloud, parameters: &[(String, String)]) -> Result<Outputs> {
+    let parameters = [parameters, &self::parameters(SECOND_PARAMETERS)].concat();
+    deploy_template(project, cloud, SECOND_STACK, &cloud.run.file("build"), &parameters)
 }
 
 /// Builds and deploys with the commands that do it for AWS: functions as they are released.
@@ -79,7 +91,7 @@ pub(crate) fn deploy_released(project: &Project, cloud: &Cloud, parameters: &[(S
 
         step_of(project, cloud, "sam-build", &mut sam_build(project, &cloud.venvs, &folder))?;
     }
-    deploy_template(project, cloud, &folder, parameters)
+    deploy_template(project, cloud, STACK, &folder, parameters)
 }
 
 /// `sam build` into a folder, as for AWS.
@@ -92,6 +104,7 @@ pub(crate) fn sam_build(project: &Project, venvs: &Venvs, folder: &Path) -> Comm
 fn deploy_template(
     project: &Project,
     cloud: &Cloud,
+    stack: &str,
     folder: &Path,
     parameters: &[(String, String)],
 ) -> Result<Outputs> {
@@ -99,6 +112,9 @@ fn deploy_template(
     // By default the settings are looked for beside the built template.
     deploy.arg("deploy").arg("--config-file").arg(project.root.join("samconfig.toml"));
     deploy.args(["--config-env", "local", "--template-file"]).arg(folder.join("template.yaml"));
+    if stack != STACK {
+        deploy.args(["--stack-name", stack]);
+    }
     if !parameters.is_empty() {
         deploy.arg("--parameter-overrides").args(LOCAL_PARAMETERS);
         deploy.args(parameters.iter().map(|(name, value)| format!("{name}={value}")));
@@ -106,9 +122,9 @@ fn deploy_template(
     step_of(project, cloud, "sam-deploy", &mut deploy)?;
 
     let mut copy = cloud.script(project, "copy_state_machines.py");
-    copy.args(["--stack", STACK, "--to", &cloud.stepfunctions_endpoint]);
+    copy.args(["--stack", stack, "--to", &cloud.stepfunctions_endpoint]);
     step_of(project, cloud, "copy-state-machines", &mut copy)?;
-    outputs(project, cloud)
+    outputs(project, cloud, stack)
 }
 
 /// Runs one command with its line as the title and its output in a log.
@@ -121,9 +137,9 @@ fn step_of(project: &Project, cloud: &Cloud, name: &str, command: &mut Command) 
     Ok(())
 }
 
-fn outputs(project: &Project, cloud: &Cloud) -> Result<Outputs> {
+fn outputs(project: &Project, cloud: &Cloud, stack: &str) -> Result<Outputs> {
     let mut describe = cloud.tool(project, "aws");
-    describe.args(["cloudformation", "describe-stacks", "--stack-name", STACK, "--output", "json"]);
+    describe.args(["cloudformation", "describe-stacks", "--stack-name", stack, "--output", "json"]);
     let answer =
         project.processes.output("`aws cloudformation describe-stacks`", &mut describe, &cloud.run.log("outputs"))?;
     let answer: Value =

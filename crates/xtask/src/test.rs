@@ -46,6 +46,9 @@ const TEST_PARAMETERS: &[(&str, &str)] = &[
 /// End-to-end tests mostly wait: more at the same time than there are processors.
 const END_TO_END_AT_ONCE: &str = "4";
 
+/// What the names of tests with two stacks contain. Both stacks hear all devices, so these tests come last.
+const SECOND_STACK_TESTS: &str = "second_stack";
+
 /// A slice of made-up faults mostly waits: all workflows at the same time.
 const ALL_WORKFLOWS: &str = "5";
 
@@ -161,7 +164,8 @@ fn end_to_end(project: &Project, options: &TestOptions, passed: &mut Passed) -> 
         Some(_) => None,
     };
     // The same targets as in the step before: with others, features would unify otherwise and the SDK compile twice.
-    let mut tests = cargo(project, &["test", "--workspace", "--tests", "--", "--ignored", "--skip", chaos::NAMES]);
+    let mut tests = cargo(project, &["test", "--workspace", "--tests", "--", "--ignored"]);
+    tests.args(["--skip", chaos::NAMES, "--skip", SECOND_STACK_TESTS]);
     tests.args(["--test-threads", END_TO_END_AT_ONCE]);
     tests.args(&options.filter).envs(cloud.environment()).envs(settings_api.environment());
     tests.env("FLEETFLOW_STEP_TIMEOUT_SECONDS", STEP_TIMEOUT_SECONDS);
@@ -169,10 +173,21 @@ fn end_to_end(project: &Project, options: &TestOptions, passed: &mut Passed) -> 
     passed.command(project, "End-to-end tests", tests)?;
     let slice = chaos::tests(project, options, cloud, settings_api, ALL_WORKFLOWS);
     passed.command(project, "Made-up faults", slice)?;
+    if options.filter.as_ref().is_none_or(|filter| filter.contains(SECOND_STACK_TESTS)) {
+        second_stack(project, &stack, passed)?;
+    }
     if let Some(release) = release {
         passed.step("Release build, deployed and invoked", || release.check(project, &stack))?;
     }
     stack.stop(passed)
+}
+
+fn second_stack(project: &Project, stack: &Stack, passed: &mut Passed) -> Result<()> {
+    passed.step("Second stack", || deploy::deploy_second(project, &stack.cloud, &stack.parameters).map(drop))?;
+    let mut tests = cargo(project, &["test", "--workspace", "--tests", "--", "--ignored", SECOND_STACK_TESTS]);
+    tests.envs(stack.cloud.environment()).env("FLEETFLOW_SECOND_STACK", deploy::SECOND_STACK);
+    tests.env("FLEETFLOW_STEP_TIMEOUT_SECONDS", STEP_TIMEOUT_SECONDS);
+    passed.command(project, "Tests with two stacks", tests)
 }
 
 /// A local cloud with its proxy and the deployed stack. The tests are its settings API.

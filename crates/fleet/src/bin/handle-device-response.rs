@@ -13,7 +13,7 @@ async fn main() -> Result<(), lambda_runtime::Error> {
                 owns_device_topics: config::owns_device_topics()?,
                 rendezvous: Rendezvous::new(&aws, config::required("RENDEZVOUS_TABLE")?),
                 settings: SettingsTable::from_environment(&aws)?,
-                registry: DeviceRegistry::from_environment(&aws),
+                registry: DeviceRegistry::new(&aws, config::owns_device_topics()?),
                 sns: aws_sdk_sns::Client::new(&aws),
                 events_topic_arn: config::required("EVENTS_TOPIC_ARN")?,
                 mqtt: aws::iot_data_client(&aws)?,

@@ -11,11 +11,12 @@ async fn main() -> Result<(), lambda_runtime::Error> {
         Ok(publish_to_device::Adapters {
             rendezvous: Rendezvous::new(&aws, config::required("RENDEZVOUS_TABLE")?),
             settings: SettingsTable::from_environment(&aws)?,
-            registry: DeviceRegistry::from_environment(&aws),
+            registry: DeviceRegistry::new(&aws, config::owns_device_topics()?),
             mqtt: aws::iot_data_client(&aws)?,
             s3: aws_sdk_s3::Client::new(&aws),
             firmware_bucket: config::required("FIRMWARE_BUCKET")?,
             worker_jobs: WorkerJobs::from_environment(&aws)?,
+            owns_device_topics: config::owns_device_topics()?,
         })
     })
     .await?;

@@ -38,6 +38,8 @@ pub struct Adapters {
     pub firmware_bucket: String,
     /// Jobs of workers on premises.
     pub worker_jobs: WorkerJobs,
+    /// Whether this stack hears workers' answers.
+    pub owns_device_topics: bool,
 }
 
 /// What a state machine asks for.
@@ -70,8 +72,8 @@ pub enum CommandInput {
         #[serde(deserialize_with = "protocol::whole")]
         url_lifetime_seconds: u64,
     },
-    /// Wait for the image to be on the device. Attempts after the first tell it the image's address again, freshly signed: the
-    /// one that it has may have expired.
+    /// Wait for the image to be on the device. If it has said that the image's address has expired, it is told it again, freshly
+    /// signed.
     AwaitTransfer {
         /// How the device wants to be talked to.
         protocol: ProtocolName,
@@ -132,16 +134,23 @@ pub async fn handle(adapters: &Adapters, input: Input) -> Result<(), Error> {
             let operation = operation()?;
             let lifetime = lifetime(url_lifetime_seconds);
             let firmware = firmware(adapters, firmware_version, *artifact, lifetime).await?;
-            if !must_wait(adapters, &operation, Step::DownloadStarted, &wait).await? {
+            let outcome = adapters.rendezvous.expect(&operation, Step::DownloadStarted, &wait).await?.outcome;
+            if outcome != Outcome::Waiting {
+                let reason = "not sent: the answer is there, or a later attempt is";
+                tracing::info!(operation = operation.key(), ?outcome, reason);
                 return Ok(());
             }
             send(adapters, &operation, protocol, &Command::Download { operation_id, firmware }).await
         }
         CommandInput::AwaitTransfer { protocol, wait, firmware_version, artifact, url_lifetime_seconds } => {
             let operation = operation()?;
-            let is_told = wait.attempt == 0;
-            if !must_wait(adapters, &operation, Step::FirmwareTransferred, &wait).await? || is_told {
+            let arrival = adapters.rendezvous.expect(&operation, Step::FirmwareTransferred, &wait).await?;
+            if arrival.outcome != Outcome::Waiting || !arrival.is_interrupted() {
                 return Ok(());
+            }
+            if artifact.url.is_some() {
+                let cause = "the image's address has expired; it is the job's own, so it cannot be signed again";
+                return adapters.rendezvous.fail(&operation, &Error::new(ErrorName::TransferFailed, cause)).await;
             }
             let firmware = firmware(adapters, firmware_version, *artifact, lifetime(url_lifetime_seconds)).await?;
             send(adapters, &operation, protocol, &Command::Download { operation_id, firmware }).await
@@ -153,6 +162,10 @@ pub async fn handle(adapters: &Adapters, input: Input) -> Result<(), Error> {
             }
             apply_settings(adapters, &operation, &Push::new(operation_id, connected_at, wait, settings)).await
         }
+        CommandInput::RunJob { .. } if !adapters.owns_device_topics => {
+            let expected = "own: the stack that hears workers' answers runs jobs on premises";
+            Err(Error::invalid("DeviceTopics", "shared", expected))
+        }
         CommandInput::RunJob { tenant, handler, wait, input: Value::Object(input) } => {
             adapters.worker_jobs.dispatch(&Order { tenant, operation: operation_id, handler, wait, input }).await
         }
@@ -162,16 +175,6 @@ pub async fn handle(adapters: &Adapters, input: Input) -> Result<(), Error> {
 
 fn lifetime(seconds: u64) -> Duration {
     Duration::from_secs(seconds.min(LONGEST_LIFETIME_SECONDS))
-}
-
-/// Stores the token; false if the answer is there already, or a later attempt waits.
-async fn must_wait(adapters: &Adapters, operation: &Operation, step: Step, wait: &Wait) -> Result<bool, Error> {
-    let outcome = adapters.rendezvous.expect(operation, step, wait).await?.outcome;
-    if outcome != Outcome::Waiting {
-        let reason = "not sent: the answer is there, or a later attempt is";
-        tracing::info!(operation = operation.key(), ?outcome, reason);
-    }
-    Ok(outcome == Outcome::Waiting)
 }
 
 async fn send(
@@ -214,12 +217,23 @@ async fn firmware(
 ) -> Result<Firmware, Error> {
     let url = match (artifact.url, artifact.key) {
         (Some(url), _) => url,
-        (None, Some(key)) => sign(adapters, key, artifact.version_id, url_lifetime).await?,
+        (None, Some(key)) => {
+            check_bucket(artifact.bucket.as_deref(), &adapters.firmware_bucket)?;
+            sign(adapters, key, artifact.version_id, url_lifetime).await?
+        }
         (None, None) => {
             return Err(Error::invalid("artifact", "neither url nor key", "one of them"));
         }
     };
     Ok(Firmware { version, url, sha256: artifact.sha256, size: artifact.size, signature: artifact.signature })
+}
+
+/// The key of another stack's job is not looked for in this one's bucket.
+fn check_bucket(named: Option<&str>, own: &str) -> Result<(), Error> {
+    match named.filter(|bucket| *bucket != own) {
+        Some(other) => Err(Error::invalid("artifact.bucket", other, &format!("{own}, the bucket of this stack"))),
+        None => Ok(()),
+    }
 }
 
 async fn sign(
@@ -233,4 +247,18 @@ async fn sign(
     let request = adapters.s3.get_object().bucket(&adapters.firmware_bucket).key(key).set_version_id(version_id);
     let signed = request.presigned(lifetime).await.map_err(|error| aws("s3:GetObject", &error))?;
     Ok(signed.uri().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_image_in_another_stack_s_bucket_is_refused() {
+        assert_eq!(check_bucket(None, "ours"), Ok(()));
+        assert_eq!(check_bucket(Some("ours"), "ours"), Ok(()));
+        let error = check_bucket(Some("theirs"), "ours").unwrap_err();
+        assert_eq!(error.name, ErrorName::InvalidInput);
+        assert!(error.message.contains("artifact.bucket") && error.message.contains("theirs"), "{}", error.message);
+    }
 }

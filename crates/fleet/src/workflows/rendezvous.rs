@@ -92,6 +92,9 @@ pub struct Meeting {
     /// How many answers came.
     #[serde(default)]
     pub arrivals: u32,
+    /// The device cannot go on before the waiting state has done something again.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub interrupted: bool,
     /// Only of the reboot: a step before it has failed on the device, so what is told of a reboot is no news.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub download_failed: bool,
@@ -150,6 +153,11 @@ pub struct Arrival {
 }
 
 impl Arrival {
+    /// Whether the device has said that it cannot go on before the waiting state has done something again.
+    pub fn is_interrupted(&self) -> bool {
+        self.meeting.interrupted
+    }
+
     /// Whether the version that a device reports with its reboot is for whoever hears it to record. It is not:
     /// - after the download has failed: a known agent still says that it has booted;
     /// - if the waiting state takes it as its target: the workflow records that after it has reported its success;
@@ -261,14 +269,16 @@ impl Rendezvous {
     }
 
     /// The device cannot go on before the waiting state has done something again: its attempt fails with an error that is tried
-    /// again. That is no answer of the step, which is still open.
+    /// again, and the next one finds the note. That is no answer of the step, which is still open. A state that does not wait yet
+    /// finds the note as well.
     pub async fn interrupt(&self, operation: &Operation, step: Step, error: &Error) -> Result<Outcome, Error> {
-        let meeting = self.meeting(operation, step).await?;
+        let values = HashMap::from([(":true".to_owned(), AttributeValue::Bool(true))]);
+        let update = "SET interrupted = :true, expiresAt = :expiresAt";
+        let meeting = self.update(operation, step, update, None, values).await?.unwrap_or_default();
         match meeting.task_token {
             _ if meeting.answer.is_some() => Ok(Outcome::Late),
             Some(token) => self.tasks.fail(&token, error.name, &error.message).await,
-            // The state that waits is entered when the step before has ended, which may be just now.
-            None => Err(Error::new(ErrorName::ServiceUnavailable, "no state waits for the step yet")),
+            None => Ok(Outcome::Waiting),
         }
     }
 

@@ -105,7 +105,7 @@ impl Functions {
         let aws = &aws();
         let text = || "x".to_owned();
         let rendezvous = Rendezvous::new(aws, text());
-        let device_registry = DeviceRegistry::from_environment(aws);
+        let device_registry = DeviceRegistry::new(aws, true);
         let settings = settings::SettingsTable::new(aws, text());
         let limits = worker_jobs::Limits {
             table: text(),
@@ -178,6 +178,7 @@ impl Functions {
                 s3,
                 firmware_bucket: text(),
                 worker_jobs,
+                owns_device_topics: true,
             },
             waits: store_task_token::Adapters { rendezvous, registry: device_registry },
             settings: get_device_settings::Adapters::without_api(settings).expect("the schema is good"),
