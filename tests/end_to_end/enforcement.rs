@@ -341,6 +341,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "s3:GetObject FirmwareBucket",
             "s3:GetObject JobDataBucket",
             "s3:GetObjectVersion FirmwareBucket",
+            "s3:ListBucket JobDataBucket",
             "s3:PutObject JobDataBucket",
         ],
     ),
@@ -382,6 +383,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     (
         "StartWorkflowFunctionRole",
         &[
+            "dynamodb:PutItem RendezvousTable",
             "iot:DescribeThing thing",
             "sqs:ReceiveMessage FailedUpdatesQueue",
             "sqs:ReceiveMessage JobNotificationsQueue",
@@ -397,10 +399,11 @@ const ALLOWED: &[(&str, &[&str])] = &[
     (
         "StopWorkflowFunctionRole",
         &[
+            "dynamodb:DeleteItem RendezvousTable",
             "dynamodb:UpdateItem RendezvousTable",
-            "iot:DescribeJobExecution job",
             "sqs:ReceiveMessage JobExecutionsQueue",
             "sqs:SendMessage DeadLetterQueue",
+            "sqs:SendMessage JobNotificationsQueue",
         ],
     ),
     (
@@ -421,9 +424,12 @@ const ALLOWED: &[(&str, &[&str])] = &[
     (
         "UpdateJobFunctionRole",
         &[
+            "iot:DescribeThing thing",
+            "iot:UpdateThing thing",
             "iotjobsdata:UpdateJobExecution thing",
             "sqs:ReceiveMessage WorkflowReportsQueue",
             "sqs:SendMessage DeadLetterQueue",
+            "sqs:SendMessage JobNotificationsQueue",
         ],
     ),
     (
@@ -448,7 +454,6 @@ const ALLOWED: &[(&str, &[&str])] = &[
         "FirmwareUpgradeRole",
         &[
             "iot:DescribeThing thing",
-            "iot:UpdateThing thing",
             "lambda:InvokeFunction AwaitDeviceFunction",
             "lambda:InvokeFunction PublishToDeviceFunction",
             "lambda:InvokeFunction StoreTaskTokenFunction",

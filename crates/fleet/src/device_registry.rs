@@ -19,6 +19,8 @@ pub struct Said {
     pub runs: Option<String>,
     /// The protocol that it said so in.
     pub speaks: Option<ProtocolName>,
+    /// The version that the registry had before: if it has yet another one now, that is newer.
+    pub instead_of: Option<String>,
 }
 
 /// The registry, as far as devices' boots change it.
@@ -32,6 +34,12 @@ impl DeviceRegistry {
     /// The registry of this account, unless another stack of it hears the devices: that one records what they say.
     pub fn new(config: &aws_config::SdkConfig, owns_device_topics: bool) -> Self {
         Self { iot: owns_device_topics.then(|| aws_sdk_iot::Client::new(config)) }
+    }
+
+    /// That of a test.
+    #[cfg(test)]
+    pub(crate) fn of(iot: aws_sdk_iot::Client) -> Self {
+        Self { iot: Some(iot) }
     }
 
     /// Records what a device has said, if the thing's attributes say something else. All other attributes stay, and what
@@ -79,7 +87,9 @@ impl DeviceRegistry {
 /// last word.
 fn changes(attributes: &HashMap<String, String>, said: &Said) -> HashMap<String, String> {
     let mut changes = HashMap::new();
-    if let Some(version) = said.runs.as_ref().filter(|version| attributes.get(FIRMWARE_VERSION) != Some(version)) {
+    let known = attributes.get(FIRMWARE_VERSION);
+    let is_outdated = said.instead_of.is_some() && known != said.instead_of.as_ref();
+    if let Some(version) = said.runs.as_ref().filter(|version| known != Some(version) && !is_outdated) {
         if is_attribute_value(version) {
             changes.insert(FIRMWARE_VERSION.to_owned(), version.clone());
         } else {
@@ -122,11 +132,20 @@ mod tests {
             (&[], "1.2.3+build.5", Json, &[]),
             (&[("protocol", "usp")], "ä", Usp, &[]),
         ] {
-            let said = Said { runs: Some(runs.to_owned()), speaks: Some(speaks) };
+            let said = Said { runs: Some(runs.to_owned()), speaks: Some(speaks), instead_of: None };
             assert_eq!(changes(&attributes(before), &said), attributes(expected), "{before:?} {said:?}");
         }
-        let long = Said { runs: Some("1".repeat(801)), speaks: None };
+        let long = Said { runs: Some("1".repeat(801)), ..Said::default() };
         assert_eq!(changes(&attributes(&[]), &long), attributes(&[]));
         assert_eq!(changes(&attributes(&[]), &Said::default()), attributes(&[]));
+    }
+
+    /// A report may come again when the device runs something else.
+    #[test]
+    fn a_newer_version_is_not_replaced_by_an_older_report() {
+        let said = Said { runs: Some("2.0.0".into()), speaks: None, instead_of: Some("1.0.0".into()) };
+        for (known, expected) in [("1.0.0", &[("firmwareVersion", "2.0.0")][..]), ("2.0.0", &[]), ("3.0.0", &[])] {
+            assert_eq!(changes(&attributes(&[("firmwareVersion", known)]), &said), attributes(expected), "{known}");
+        }
     }
 }

@@ -2,9 +2,20 @@
 
 use crate::error::{aws, code, unbuilt};
 use crate::{Error, ErrorName};
-use aws_sdk_iotjobsdataplane::types::JobExecutionStatus;
+use aws_sdk_iotjobsdataplane::types::{JobExecution, JobExecutionStatus};
 use protocol::job::NextExecution;
 use protocol::{JobId, ThingName};
+
+/// How a job execution stands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Standing {
+    /// It is queued or in progress.
+    Pending(JobExecutionStatus),
+    /// It has ended.
+    Ended,
+    /// AWS IoT Jobs does not know it: it was deleted, or cannot be read yet.
+    Unknown,
+}
 
 /// The job executions of all things.
 #[derive(Debug, Clone)]
@@ -18,25 +29,28 @@ impl JobExecutions {
         Self { client }
     }
 
-    /// The status of a job execution that is queued or in progress; none if it has ended or is gone, also if another one has its
-    /// number now, because the job was deleted and made again.
-    pub async fn pending(
+    /// How a job execution stands. It has ended also if another one has its number now, because the job was deleted and made
+    /// again.
+    pub async fn standing(
         &self,
         thing: &ThingName,
         job: &JobId,
         number: i64,
         queued_at: Option<i64>,
-    ) -> Result<Option<JobExecutionStatus>, Error> {
+    ) -> Result<Standing, Error> {
         let describe = self.client.describe_job_execution().thing_name(thing.as_str()).job_id(job.as_str());
-        let execution = match describe.execution_number(number).include_job_document(false).send().await {
+        let described = match describe.execution_number(number).include_job_document(false).send().await {
             Ok(described) => described.execution,
             Err(error) => match code(&error) {
-                Some("TerminalStateException" | "ResourceNotFoundException") => None,
+                Some("TerminalStateException") => return Ok(Standing::Ended),
+                Some("ResourceNotFoundException") => return Ok(Standing::Unknown),
                 _ => return Err(aws("iot:DescribeJobExecution", &error)),
             },
         };
-        let this = execution.filter(|execution| queued_at.is_none_or(|time| time == unix_seconds(execution.queued_at)));
-        Ok(this.and_then(|execution| execution.status))
+        // To the second: nobody says that it is rounded alike wherever it is told.
+        let is_this = |time: i64, execution: &JobExecution| time.abs_diff(unix_seconds(execution.queued_at)) <= 1;
+        let this = described.filter(|execution| queued_at.is_none_or(|time| is_this(time, execution)));
+        Ok(this.and_then(|execution| execution.status).map_or(Standing::Ended, Standing::Pending))
     }
 
     /// The job execution that is next for a thing, if it has not begun.

@@ -85,6 +85,7 @@ static INPUTS: LazyLock<Vec<Vec<u8>>> = LazyLock::new(|| {
         r#"{"firmwareVersion":"1.2.3","upgradeTrigger":"manual","targetArn":"arn:aws:iot:eu-west-1:123456789012:thinggroup/all"}"#.to_owned(),
         r#"{"firmwareVersion":"1.2.3","upgradeTrigger":"manual","targetArn":"arn:aws:iot:eu-west-1:123456789012:thing/t","jobId":"job-1","targetSelection":"CONTINUOUS","rollout":{"maximumPerMinute":5,"exponentialRate":{"baseRatePerMinute":1,"incrementFactor":1.5,"numberOfNotifiedThings":3}},"abort":{"percentage":10.5,"minimumExecuted":3},"retries":2,"timeoutMinutes":60,"artifact":{"url":"https://example.com/a","sha256":"SHA256","size":7,"signature":"SIGNATURE"},"protocol":"usp"}"#.replace("SHA256", &"0".repeat(64)).replace("SIGNATURE", &BASE64_STANDARD.encode([0; 64])),
         publish(&format!(r#"{{"name":"DOWNLOAD_FIRMWARE","protocol":"usp","wait":{WAIT},"firmwareVersion":"2.0.0","artifact":{{"url":"https://example.com/a"}},"urlLifetimeSeconds":60}}"#)),
+        publish(&format!(r#"{{"name":"AWAIT_TRANSFER","protocol":"json","wait":{WAIT},"firmwareVersion":"2.0.0","artifact":{{"key":"k","bucket":"x","versionId":"v"}},"urlLifetimeSeconds":3600.0}}"#)),
         publish(r#"{"name":"CANCEL_DOWNLOAD","protocol":"json"}"#),
         publish(&format!(r#"{{"name":"APPLY_SETTINGS","wait":{WAIT},"connectedAt":1,"settings":{{"SET_TEMP":21.5,"SET_MODE":"ECO"}}}}"#)),
         publish(&format!(r#"{{"name":"RUN_JOB","tenant":"tenant1","handler":"add","wait":{WAIT},"input":{{"a":15,"b":[1,{{"c":null}}]}}}}"#)),

@@ -37,6 +37,9 @@ pub struct UpgradeEvent {
     pub operation_id: OperationId,
     /// The target version.
     pub firmware_version: String,
+    /// The version that the registry had when the workflow began.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub previous_version: Option<String>,
     /// An error name of ours, or why nothing had to be done.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,

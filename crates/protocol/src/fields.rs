@@ -47,8 +47,6 @@ pub const THING_NAME: Field = Field::required("thing name", Characters::Ascii(":
 /// A job's id, and that of a job template
 /// (<https://docs.aws.amazon.com/iot/latest/apireference/API_CreateJob.html>, `API_CreateJobTemplate.html`).
 pub const JOB_ID: Field = Field::required("job id", Characters::Ascii("_-"), 64);
-/// A job's description (<https://docs.aws.amazon.com/iot/latest/apireference/API_CreateJob.html>).
-pub const JOB_DESCRIPTION: Field = Field::required("job description", Characters::Printable, 2028);
 /// The name of a thing's attribute (<https://docs.aws.amazon.com/iot/latest/apireference/API_AttributePayload.html>).
 pub const ATTRIBUTE_NAME: Field = Field::required("attribute's name", Characters::Ascii("_.,@/:#-"), 128);
 /// The value of a thing's attribute (<https://docs.aws.amazon.com/iot/latest/apireference/API_AttributePayload.html>). So it

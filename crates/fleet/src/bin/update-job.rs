@@ -1,5 +1,6 @@
 //! `UpdateJobFunction`
 
+use fleet::device_registry::DeviceRegistry;
 use fleet::queue::{DeadLetters, Queue};
 use fleet::{aws, config, job_executions::JobExecutions, jobs::update_job, lambda};
 
@@ -11,7 +12,8 @@ async fn main() -> Result<(), lambda_runtime::Error> {
         let adapters = update_job::Adapters {
             executions: JobExecutions::new(jobs.clone()),
             jobs,
-            iot: aws_sdk_iot::Client::new(&aws),
+            // What it records is of its own jobs, whoever hears the devices.
+            registry: DeviceRegistry::new(&aws, true),
             notifications: Queue::new(&aws, config::required("JOB_NOTIFICATIONS_QUEUE_URL")?),
         };
         Ok((adapters, DeadLetters::from_environment(&aws)?))

@@ -53,12 +53,12 @@ pub async fn handle(adapters: &Adapters, body: &str) -> Result<(), Error> {
             let is_boot = response.step == Step::DeviceRebooted;
             if let Some(arrival) = apply(adapters, &thing, response).await?.filter(|_| is_boot) {
                 let runs = runs.filter(|version| arrival.is_news(version));
-                adapters.registry.record(&thing, &Said { runs, speaks: Some(protocol) }).await?;
+                adapters.registry.record(&thing, &Said { runs, speaks: Some(protocol), instead_of: None }).await?;
             }
         }
         Report::Event(event) if adapters.owns_device_topics => {
             if matches!(event, DeviceEvent::Booted { .. }) {
-                adapters.registry.record(&thing, &Said { runs, speaks: Some(protocol) }).await?;
+                adapters.registry.record(&thing, &Said { runs, speaks: Some(protocol), instead_of: None }).await?;
             }
             publish(adapters, &thing, event).await?;
         }

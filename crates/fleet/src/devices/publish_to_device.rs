@@ -84,6 +84,7 @@ pub enum CommandInput {
         /// The image.
         artifact: Box<Artifact>,
         /// How long the image's address must be good, in seconds.
+        #[serde(deserialize_with = "protocol::whole")]
         url_lifetime_seconds: u64,
     },
     /// Give the download up; nobody waits.
@@ -128,7 +129,7 @@ pub async fn handle(adapters: &Adapters, input: Input) -> Result<(), Error> {
             send(adapters, &operation, protocol, &Command::CancelDownload { operation_id }).await?;
             // It may have come through all the same, and be back already.
             let runs = adapters.rendezvous.give_up(&operation).await?;
-            adapters.registry.record(&operation.thing, &Said { runs, speaks: None }).await
+            adapters.registry.record(&operation.thing, &Said { runs, ..Said::default() }).await
         }
         CommandInput::DownloadFirmware { protocol, wait, firmware_version, artifact, url_lifetime_seconds } => {
             let operation = operation()?;
@@ -150,6 +151,7 @@ pub async fn handle(adapters: &Adapters, input: Input) -> Result<(), Error> {
             }
             if artifact.url.is_some() {
                 let cause = "the image's address has expired; it is the job's own, so it cannot be signed again";
+                send(adapters, &operation, protocol, &Command::CancelDownload { operation_id }).await?;
                 return adapters.rendezvous.fail(&operation, &Error::new(ErrorName::TransferFailed, cause)).await;
             }
             let firmware = firmware(adapters, firmware_version, *artifact, lifetime(url_lifetime_seconds)).await?;
@@ -252,6 +254,18 @@ async fn sign(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn seconds_may_come_as_they_are_computed() {
+        for name in ["DOWNLOAD_FIRMWARE", "AWAIT_TRANSFER"] {
+            let command = serde_json::json!({
+                "name": name, "protocol": "json", "wait": {"taskToken": "t", "attempt": 1.0}, "firmwareVersion": "1.2.3",
+                "artifact": {"key": "k", "size": 7.0}, "urlLifetimeSeconds": 3600.0,
+            });
+            let input = serde_json::json!({"thingName": "t", "operationId": "o", "command": command});
+            assert!(serde_json::from_value::<Input>(input).is_ok(), "{name}");
+        }
+    }
 
     #[test]
     fn an_image_in_another_stack_s_bucket_is_refused() {

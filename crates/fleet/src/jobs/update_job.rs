@@ -1,16 +1,19 @@
 //! Keeps a job execution in step with its workflow, by the workflow's domain events.
 
+use crate::device_registry::{DeviceRegistry, Said};
 use crate::error::{aws, code};
-use crate::job_executions::JobExecutions;
+use crate::job_executions::{JobExecutions, Standing};
 use crate::queue::{Queue, json};
 use crate::{Error, ErrorName};
-use aws_sdk_iot::types::AttributePayload;
 use aws_sdk_iotjobsdataplane::types::JobExecutionStatus;
 use protocol::events::{EventType, UpgradeEvent};
 use protocol::fields::STATUS_DETAIL;
 use protocol::job::UpgradeInput;
 use serde::Deserialize;
 use std::collections::HashMap;
+
+/// The outcome of an update of a job execution that has ended already.
+const LATE: &str = "LATE";
 
 /// Why nothing had to be done: `IsUpgradeNeeded` in the state machine.
 const ALREADY_AT_TARGET: &str = "AlreadyAtTarget";
@@ -23,7 +26,7 @@ pub struct Adapters {
     /// Tells which of them have not ended.
     pub executions: JobExecutions,
     /// The registry, where things' versions are recorded.
-    pub iot: aws_sdk_iot::Client,
+    pub registry: DeviceRegistry,
     /// Where start-workflow is asked to look for the next attempt.
     pub notifications: Queue,
 }
@@ -44,16 +47,20 @@ pub async fn handle(adapters: &Adapters, body: &str) -> Result<(), Error> {
     let event = read(body)?;
     let Some(update) = update(&event) else { return Ok(()) };
     let (thing, job) = (&event.thing_name, &event.job_id);
-    let outcome = match adapters.executions.pending(thing, job, event.execution_number, event.queued_at).await? {
-        Some(status) => apply(adapters, &event, &update, &status).await?,
+    let outcome = match adapters.executions.standing(thing, job, event.execution_number, event.queued_at).await? {
+        Standing::Pending(status) => apply(adapters, &event, &update, &status).await?,
         // It has ended (this is a repeat, or somebody cancelled it), or is gone.
-        None => "LATE",
+        Standing::Ended | Standing::Unknown => LATE,
     };
     tracing::info!(thing = thing.as_str(), job = job.as_str(), status = update.status.as_str(), outcome);
     match update.status {
         JobExecutionStatus::Failed => adapters.notifications.ask_for_next(thing).await,
         JobExecutionStatus::Succeeded if event.reason.as_deref() != Some(ALREADY_AT_TARGET) => {
-            record_version(&adapters.iot, &event).await
+            // For dynamic thing groups, and for the next job.
+            let runs = Some(event.firmware_version);
+            // A repeat may come when the device already runs something else.
+            let instead_of = event.previous_version.filter(|_| outcome == LATE);
+            adapters.registry.record(&event.thing_name, &Said { runs, speaks: None, instead_of }).await
         }
         _ => Ok(()),
     }
@@ -99,24 +106,10 @@ async fn send(
         Err(error) => match code(&error) {
             // It has ended just now.
             Some("InvalidStateTransitionException" | "TerminalStateException" | "ResourceNotFoundException") => {
-                Ok("LATE")
+                Ok(LATE)
             }
             _ => Err(aws("iot:UpdateJobExecution", &error)),
         },
-    }
-}
-
-/// Records what the device runs, for dynamic thing groups and for the next job.
-async fn record_version(iot: &aws_sdk_iot::Client, event: &UpgradeEvent) -> Result<(), Error> {
-    let version = AttributePayload::builder().attributes("firmwareVersion", &event.firmware_version).merge(true);
-    let update = iot.update_thing().thing_name(event.thing_name.as_str()).attribute_payload(version.build());
-    match update.send().await {
-        Ok(_) => Ok(()),
-        Err(error) if code(&error) == Some("ResourceNotFoundException") => {
-            tracing::warn!(thing = event.thing_name.as_str(), outcome = "LATE", "the thing is gone");
-            Ok(())
-        }
-        Err(error) => Err(aws("iot:UpdateThing", &error)),
     }
 }
 
@@ -156,6 +149,7 @@ fn read(body: &str) -> Result<UpgradeEvent, Error> {
         reason: detail.error.or_else(|| Some(ErrorName::WorkflowStopped.as_str().to_owned())),
         cause: Some(cause),
         step: None,
+        previous_version: None,
     })
 }
 
@@ -196,6 +190,7 @@ fn details(event: &UpgradeEvent) -> HashMap<String, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use aws_sdk_iot::operation::describe_thing::DescribeThingOutput;
     use aws_sdk_iot::operation::update_thing::UpdateThingOutput;
     use aws_sdk_iotjobsdataplane::config::{Credentials, SharedCredentialsProvider};
     use aws_sdk_iotjobsdataplane::operation::describe_job_execution::{
@@ -301,6 +296,9 @@ mod tests {
             None => update.then_output(|| UpdateJobExecutionOutput::builder().build()),
             Some(code) => update.then_error(move || UpdateJobExecutionError::generic(meta(code))),
         };
+        let read = mock!(aws_sdk_iot::Client::describe_thing)
+            .match_requests(|_| true)
+            .then_output(|| DescribeThingOutput::builder().version(1).attributes("firmwareVersion", "1.1.0").build());
         let notes = done.clone();
         let record = mock!(aws_sdk_iot::Client::update_thing)
             .match_requests(move |request| {
@@ -314,7 +312,7 @@ mod tests {
         let adapters = Adapters {
             executions: JobExecutions::new(jobs.clone()),
             jobs,
-            iot: mock_client!(aws_sdk_iot, [&record]),
+            registry: DeviceRegistry::of(mock_client!(aws_sdk_iot, RuleMode::MatchAny, [&read, &record])),
             notifications: notifications(done.clone()),
         };
         if let Err(error) = handle(&adapters, &serde_json::to_string(event).unwrap()).await {
@@ -332,8 +330,13 @@ mod tests {
     async fn a_success_is_reported_first_and_then_recorded() {
         let success = event("FIRMWARE_UPGRADE_SUCCESS", Some("Upgraded"));
         assert_eq!(done(&success, Some(JobExecutionStatus::InProgress), None).await, ["SUCCEEDED", VERSION]);
-        // The device runs it, whatever has become of the job execution, also in a repeat after a crash.
+        // The device runs it, whatever has become of the job execution, also in a repeat after a crash; unless it has told of
+        // another version since.
         assert_eq!(done(&success, None, None).await, [VERSION]);
+        let since = |version: &str| UpgradeEvent { previous_version: Some(version.into()), ..success.clone() };
+        assert_eq!(done(&since("1.1.0"), None, None).await, [VERSION]);
+        assert_eq!(done(&since("1.0.0"), None, None).await, [""; 0]);
+        assert_eq!(done(&since("1.0.0"), Some(JobExecutionStatus::InProgress), None).await, ["SUCCEEDED", VERSION]);
         let late = Some("InvalidStateTransitionException");
         assert_eq!(done(&success, Some(JobExecutionStatus::InProgress), late).await, ["SUCCEEDED", VERSION]);
         let throttled = Some("ThrottlingException");
@@ -391,7 +394,7 @@ mod tests {
         let adapters = Adapters {
             executions: JobExecutions::new(jobs.clone()),
             jobs,
-            iot: mock_client!(aws_sdk_iot, []),
+            registry: DeviceRegistry::of(mock_client!(aws_sdk_iot, [])),
             notifications: notifications(Updates::default()),
         };
         let body = serde_json::to_string(&event("FIRMWARE_UPGRADE_STARTED", None)).unwrap();

@@ -2,7 +2,7 @@
 
 use super::rendezvous::{Operation, Rendezvous};
 use super::started::{Started, StartedOperations};
-use crate::job_executions::JobExecutions;
+use crate::job_executions::{JobExecutions, Standing};
 use crate::queue::{MqttMessage, Queue};
 use crate::{Error, ErrorName};
 use protocol::job::JobExecutionEvent;
@@ -55,8 +55,9 @@ pub async fn handle(adapters: &Adapters, body: &str) -> Result<(), Error> {
 async fn ended(adapters: &Adapters, thing: &ThingName, job: &JobId) -> Result<Vec<OperationId>, Error> {
     let mut ended = Vec::new();
     for Started { operation_id, execution_number, queued_at } in adapters.started.of(thing, job).await? {
-        if adapters.executions.pending(thing, job, execution_number, queued_at).await?.is_none() {
-            ended.push(operation_id);
+        match adapters.executions.standing(thing, job, execution_number, queued_at).await? {
+            Standing::Pending(_) => {}
+            Standing::Ended | Standing::Unknown => ended.push(operation_id),
         }
     }
     Ok(ended)

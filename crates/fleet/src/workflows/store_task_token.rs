@@ -36,5 +36,5 @@ pub async fn handle(adapters: &Adapters, input: Input) -> Result<(), Error> {
     let arrival = adapters.rendezvous.expect(&operation, input.step, &input.wait).await?;
     tracing::info!(operation = operation.key(), step = input.step.name(), outcome = ?arrival.outcome);
     let runs = arrival.stray_version().map(str::to_owned);
-    adapters.registry.record(&input.thing_name, &Said { runs, speaks: None }).await
+    adapters.registry.record(&input.thing_name, &Said { runs, ..Said::default() }).await
 }

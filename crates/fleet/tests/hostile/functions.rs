@@ -157,7 +157,12 @@ impl Functions {
                 worker_jobs: worker_jobs.clone(),
             },
             registry: registry.clone(),
-            job_updates: update_job::Adapters { jobs: job_executions, executions, iot: iot.clone(), notifications },
+            job_updates: update_job::Adapters {
+                jobs: job_executions,
+                executions,
+                registry: device_registry.clone(),
+                notifications,
+            },
             telemetry: ingest_telemetry::Adapters::new(aws, readings()),
             remedies: remediate::Adapters::new(aws, mqtt.clone(), remedies(), rules()),
             jobs: create_job::Adapters {
