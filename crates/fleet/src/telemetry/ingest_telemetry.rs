@@ -28,7 +28,7 @@ pub const LONGEST_CALL: i64 = 15_000;
 const FINISHES: usize = 3;
 /// How late in a call metrics are still added: well before the function's time limit, which would end the call before it could
 /// note that they are.
-const LATEST_METRICS: Duration = Duration::from_secs(6);
+const LATEST_METRICS: Duration = Duration::from_secs(8);
 /// How old a reading may be that a sensor has kept, and how far its clock may be ahead, in milliseconds.
 const OLDEST: i64 = 7 * 24 * 3_600_000;
 const AHEAD: i64 = 5 * 60_000;
