@@ -24,7 +24,7 @@ use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Read;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 use tests::{Cloud, Crash, MqttDevice, Outage, Refusal, crashing, eventually, now, refusing, saw};
 use tokio::sync::mpsc::UnboundedReceiver;
 
@@ -345,7 +345,8 @@ impl<'a> Batch<'a> {
 
     /// Delivers what is open, and keeps open what fails for a while; panics if anything fails for good.
     async fn deliver(&self, config: &SdkConfig, open: &mut Vec<QueuedMessage>, now: i64) {
-        let outcomes = ingest_telemetry::handle(&Adapters::new(config, self.places()), open, now).await;
+        let deadline = SystemTime::now() + Duration::from_mins(1);
+        let outcomes = ingest_telemetry::handle(&Adapters::new(config, self.places()), open, now, deadline).await;
         let mut outcomes = outcomes.into_iter();
         open.retain(|_| match outcomes.next().unwrap() {
             Ok(()) => false,

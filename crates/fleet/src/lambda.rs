@@ -10,6 +10,7 @@ use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
 use serde_json::value::RawValue;
 use std::future::Future;
+use std::time::SystemTime;
 
 /// The largest payload that one state or one person may send, in bytes. States pass on a quarter of that; escapes make it longer.
 pub const MAX_INPUT_BYTES: usize = 1024 * 1024;
@@ -39,7 +40,7 @@ where
     O: Serialize,
     F: Future<Output = Result<O, Error>>,
 {
-    serve(MAX_INPUT_BYTES, handler).await
+    serve(MAX_INPUT_BYTES, |input, _| handler(input)).await
 }
 
 /// The same for a function that is invoked with a batch of a stream.
@@ -49,10 +50,10 @@ where
     O: Serialize,
     F: Future<Output = Result<O, Error>>,
 {
-    serve(MAX_BATCH_BYTES, handler).await
+    serve(MAX_BATCH_BYTES, |input, _| handler(input)).await
 }
 
-async fn serve<I, O, F>(max_bytes: usize, handler: impl Fn(I) -> F) -> Result<(), lambda_runtime::Error>
+async fn serve<I, O, F>(max_bytes: usize, handler: impl Fn(I, SystemTime) -> F) -> Result<(), lambda_runtime::Error>
 where
     I: DeserializeOwned,
     O: Serialize,
@@ -64,7 +65,7 @@ where
     lambda_runtime::run(service_fn(move |event: LambdaEvent<Box<RawValue>>| async move {
         let input = decode(event.payload.get(), max_bytes)?;
         // Boxed, for the compiler loses count of the calls below. An error is logged by the runtime.
-        Box::pin(handler(input)).await
+        Box::pin(handler(input, event.context.deadline())).await
     }))
     .await
 }
@@ -98,7 +99,7 @@ where
     F: Future<Output = Result<(), Error>>,
 {
     let handler = &handler;
-    run_batches(dead_letters, move |messages| async move {
+    run_batches(dead_letters, move |messages, _| async move {
         join_all(messages.iter().map(|message| handler(message.body.clone()))).await
     })
     .await
@@ -113,16 +114,20 @@ pub struct QueuedMessage {
     pub body: String,
 }
 
-/// The same for a function that handles the messages of a batch together; it says of each, in their order, how it went.
+/// The same for a function that handles the messages of a batch together, and knows when it is ended; it says of each, in their
+/// order, how it went.
 pub async fn run_batches<F>(
     dead_letters: &DeadLetters,
-    handler: impl Fn(Vec<QueuedMessage>) -> F,
+    handler: impl Fn(Vec<QueuedMessage>, SystemTime) -> F,
 ) -> Result<(), lambda_runtime::Error>
 where
     F: Future<Output = Vec<Result<(), Error>>>,
 {
     let handler = &handler;
-    serve(MAX_BATCH_BYTES, move |event| async move { Ok(batch(dead_letters, handler, event).await) }).await
+    serve(MAX_BATCH_BYTES, move |event, deadline| async move {
+        Ok(batch(dead_letters, |messages| handler(messages, deadline), event).await)
+    })
+    .await
 }
 
 /// Handles a batch; names the messages that the queue shall deliver again.

@@ -10,8 +10,8 @@ async fn main() -> Result<(), lambda_runtime::Error> {
         Ok((Adapters::new(&aws, Places::from_environment()?), DeadLetters::from_environment(&aws)?))
     })
     .await?;
-    lambda::run_batches(dead_letters, move |messages| async move {
-        ingest_telemetry::handle(adapters, &messages, aws::now_millis()).await
+    lambda::run_batches(dead_letters, move |messages, deadline| async move {
+        ingest_telemetry::handle(adapters, &messages, aws::now_millis(), deadline).await
     })
     .await
 }

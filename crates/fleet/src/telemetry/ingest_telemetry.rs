@@ -18,7 +18,7 @@ use protocol::telemetry::{Reading, building_of_readings};
 use protocol::{DecodeError, ReadingId};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::RangeInclusive;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 /// How many calls of a kind are under way at once.
 const AT_ONCE: usize = 32;
@@ -26,9 +26,10 @@ const AT_ONCE: usize = 32;
 pub const LONGEST_CALL: i64 = 15_000;
 /// How often it is tried to note that a batch is finished.
 const FINISHES: usize = 3;
-/// How late in a call metrics are still added: well before the function's time limit, which would end the call before it could
-/// note that they are.
-const LATEST_METRICS: Duration = Duration::from_secs(8);
+/// What a call needs, before the function's time limit ends it, to add metrics and to note that they are added.
+const METRICS_NEED: Duration = Duration::from_secs(5);
+/// What it needs to keep what it has taken. With less it takes nothing more: however slow AWS is, each call does a part.
+const KEEPING_NEEDS: Duration = Duration::from_secs(6);
 /// How old a reading may be that a sensor has kept, and how far its clock may be ahead, in milliseconds.
 const OLDEST: i64 = 7 * 24 * 3_600_000;
 const AHEAD: i64 = 5 * 60_000;
@@ -92,25 +93,34 @@ struct Tally {
 /// A call of the function.
 #[derive(Clone, Copy)]
 struct Call {
-    began: Instant,
-    /// When that was, in Unix milliseconds.
+    /// When it is ended.
+    deadline: Instant,
+    /// When it began, in Unix milliseconds.
     now: i64,
 }
 
 impl Call {
-    /// Fails with a transient error if the call is so late that it may be ended before it is done: another one goes on then.
-    fn check_time_for_metrics(&self) -> Result<(), Error> {
-        if self.began.elapsed() < LATEST_METRICS {
+    /// Fails with a transient error if so much time is not left: another call goes on then.
+    fn check_time(&self, needed: Duration) -> Result<(), Error> {
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        if left > needed {
             return Ok(());
         }
-        let message = format!("the call is {} s old: its metrics are left to the next one", LATEST_METRICS.as_secs());
+        let message = format!("{} ms before the time limit: the rest is left to the next call", left.as_millis());
         Err(Error::new(ErrorName::ServiceUnavailable, message))
     }
 }
 
-/// Keeps the readings of a batch of messages; says of each, in their order, how it went. `now` is in Unix milliseconds.
-pub async fn handle(adapters: &Adapters, messages: &[QueuedMessage], now: i64) -> Vec<Result<(), Error>> {
-    let call = Call { began: Instant::now(), now };
+/// Keeps the readings of a batch of messages; says of each, in their order, how it went. `now` is in Unix milliseconds; at
+/// `deadline` Lambda ends the call.
+pub async fn handle(
+    adapters: &Adapters,
+    messages: &[QueuedMessage],
+    now: i64,
+    deadline: SystemTime,
+) -> Vec<Result<(), Error>> {
+    let left = deadline.duration_since(SystemTime::now()).unwrap_or_default();
+    let call = Call { deadline: Instant::now() + left, now };
     let read = allowed(&adapters.senders, messages.iter().map(read).collect()).await;
     // What is in the batch twice is one reading.
     let samples: HashMap<_, _> = read.iter().flatten().map(|sample| (sample.key(), sample)).collect();
@@ -186,7 +196,7 @@ async fn keep(adapters: &Adapters, samples: Vec<&Sample>, call: Call) -> Result<
     let mut kept = Kept::new();
     let mut tally = Tally::default();
 
-    let (mut ours, held) = take(&adapters.readings, samples, &batch, &mut kept).await;
+    let (mut ours, held) = take(&adapters.readings, samples, &batch, call, &mut kept).await;
     let inherited =
         join_all(held.into_values().map(|(holder, samples)| inherit(adapters, holder, samples, &batch, call)));
     for inherited in inherited.await {
@@ -211,9 +221,14 @@ async fn take<'a>(
     readings: &Readings,
     samples: Vec<&'a Sample>,
     batch: &Holder,
+    call: Call,
     kept: &mut Kept,
 ) -> (Vec<&'a Sample>, Held<'a>) {
-    let taken = samples.into_iter().map(async |sample| (sample, readings.take(sample, batch).await));
+    let take_one = async |sample| {
+        call.check_time(KEEPING_NEEDS)?;
+        readings.take(sample, batch).await
+    };
+    let taken = samples.into_iter().map(async |sample| (sample, take_one(sample).await));
     let taken: Vec<_> = stream::iter(taken).buffer_unordered(AT_ONCE).collect().await;
     let (mut ours, mut held) = (Vec::new(), Held::new());
     for (sample, holder) in taken {
@@ -255,8 +270,11 @@ async fn inherit<'a>(
         }
     };
     inherited.duplicates = samples.len() - rest.len();
-    let taken =
-        rest.into_iter().map(async |sample| (sample, adapters.readings.take_over(sample, &holder, batch).await));
+    let take_one = async |sample| {
+        call.check_time(KEEPING_NEEDS)?;
+        adapters.readings.take_over(sample, &holder, batch).await
+    };
+    let taken = rest.into_iter().map(async |sample| (sample, take_one(sample).await));
     let mut taken = stream::iter(taken).buffer_unordered(AT_ONCE);
     while let Some((sample, taken)) = taken.next().await {
         match taken {
@@ -290,7 +308,7 @@ async fn settle(adapters: &Adapters, holder: &Holder, call: Call, metric_calls: 
         return Ok(if is_finished { Settled::All } else { Settled::Only(HashSet::new()) });
     };
     if !is_finished {
-        call.check_time_for_metrics()?;
+        call.check_time(METRICS_NEED)?;
         if !readings.resume(&holder.batch, now, LONGEST_CALL).await? {
             return Err(busy(holder));
         }
@@ -316,7 +334,7 @@ async fn store(
     let now = call.now;
     adapters.history.write(batch, samples.iter().copied()).await?;
     tally.objects += 1;
-    call.check_time_for_metrics()?;
+    call.check_time(METRICS_NEED)?;
     tally.metric_calls += adapters.metrics.add(samples.iter().copied(), now).await?;
     finish(&adapters.readings, batch, now).await;
     Ok(())
@@ -338,8 +356,10 @@ mod tests {
     use aws_smithy_http_client::test_util::infallible_client_fn;
     use std::sync::{Arc, Mutex};
 
-    /// Which services are called when a batch is stored in a call of that age, and how that ends.
-    async fn stored(age: Duration) -> (Vec<String>, Result<(), Error>) {
+    const NOW: i64 = 1_700_000_000_000;
+
+    /// Which services a call with so much time left calls to take a reading, or to store one that it has taken; how that ends.
+    async fn called(is_taken: bool, left: Duration) -> (Vec<String>, Result<(), Error>) {
         let calls = Arc::new(Mutex::new(Vec::new()));
         let noted = Arc::clone(&calls);
         let http = infallible_client_fn(move |request: ureq::http::Request<_>| {
@@ -353,27 +373,39 @@ mod tests {
         let config = config.region(Region::from_static("eu-west-1")).credentials_provider(credentials).build();
         let places =
             Places { monitoring_table: "x".into(), batches_table: "x".into(), reading_days: 1, bucket: "x".into() };
+        let adapters = Adapters::new(&config, places);
         let sample = Sample {
             device: "a".parse().unwrap(),
-            time: 1_700_000_000_000,
+            time: NOW,
             id: "r".parse().unwrap(),
             temperature: 21.0,
             humidity: 50.0,
             building: "1".parse().unwrap(),
-            received_at: 1_700_000_000_000,
+            received_at: NOW,
         };
-        let call = Call { began: Instant::now().checked_sub(age).unwrap(), now: 1_700_000_000_000 };
-        let result = store(&Adapters::new(&config, places), "batch", &[&sample], call, &mut Tally::default()).await;
+        let call = Call { deadline: Instant::now() + left, now: NOW };
+        let batch = Holder { batch: "batch".to_owned(), taken_at: NOW };
+        let result = if is_taken {
+            store(&adapters, &batch.batch, &[&sample], call, &mut Tally::default()).await
+        } else {
+            let mut failed = Kept::new();
+            take(&adapters.readings, vec![&sample], &batch, call, &mut failed).await;
+            failed.into_values().collect()
+        };
         let calls = calls.lock().unwrap().clone();
         (calls, result)
     }
 
     #[tokio::test]
-    async fn metrics_are_left_to_another_call_when_this_one_may_be_ended_before_it_can_note_them() {
-        let (calls, result) = stored(Duration::ZERO).await;
-        assert_eq!((calls, result), (["s3", "monitoring", "dynamodb"].map(str::to_owned).to_vec(), Ok(())));
-        let (calls, result) = stored(LATEST_METRICS).await;
-        assert_eq!(calls, ["s3"]);
-        assert!(result.unwrap_err().name.is_transient());
+    async fn what_this_call_may_not_finish_is_left_to_another_one() {
+        let enough = Duration::from_secs(10);
+        assert_eq!(called(false, enough).await, (vec!["dynamodb".to_owned()], Ok(())));
+        let all = ["s3", "monitoring", "dynamodb"].map(str::to_owned).to_vec();
+        assert_eq!(called(true, enough).await, (all, Ok(())));
+
+        let (calls, result) = called(false, KEEPING_NEEDS).await;
+        assert_eq!((calls.len(), result.unwrap_err().name), (0, ErrorName::ServiceUnavailable));
+        let (calls, result) = called(true, METRICS_NEED).await;
+        assert_eq!((calls, result.unwrap_err().name), (vec!["s3".to_owned()], ErrorName::ServiceUnavailable));
     }
 }

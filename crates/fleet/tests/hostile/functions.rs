@@ -17,6 +17,7 @@ use fleet::telemetry::{check_remediation, ingest_telemetry, remediate};
 use fleet::workflows::started::StartedOperations;
 use fleet::workflows::{rendezvous::Rendezvous, start_workflow, stop_workflow, store_task_token};
 use fleet::{Error, ErrorName};
+use std::time::{Duration, SystemTime};
 use ureq::http::{Request, Response, Uri};
 
 /// When all of this happens, in Unix milliseconds.
@@ -203,7 +204,8 @@ impl Functions {
             "handle-device-response" => handle_device_response::handle(&self.responses, body).await,
             "ingest-telemetry" => {
                 let message = QueuedMessage { id: "m".to_owned(), body: body.to_owned() };
-                ingest_telemetry::handle(&self.telemetry, &[message], NOW).await.into_iter().collect()
+                let deadline = SystemTime::now() + Duration::from_secs(10);
+                ingest_telemetry::handle(&self.telemetry, &[message], NOW, deadline).await.into_iter().collect()
             }
             "record-success" => record_success::handle(&self.registry, body).await,
             "start-workflow" => start_workflow::handle(&self.start, body).await,
