@@ -530,6 +530,27 @@ fn a_second_stack_leaves_what_topics_do_not_tell_apart_to_the_first() {
     }
 }
 
+/// A stack that is updated asks its custom resource again only if a property of it changes: whoever adds an answer counts up.
+#[test]
+fn an_updated_stack_asks_for_what_is_new() {
+    let settings = &resources("AWS::CloudFormation::CustomResource")["IotSettings"]["Properties"];
+    let template = template();
+    let mut found = Vec::new();
+    texts(&template, &mut found);
+    let answers: BTreeSet<_> = found.into_iter().filter_map(|text| text.strip_prefix("IotSettings.")).collect();
+    assert_eq!(
+        (settings["Revision"].as_i64(), answers),
+        (Some(2), BTreeSet::from(["DataEndpoint", "IndexStatus", "JobsEndpoint"]))
+    );
+}
+
+/// In a stack that is updated as well: a command is answered on a topic that is heard and that devices may use.
+#[test]
+fn no_command_is_sent_before_its_answer_is_heard() {
+    let publisher = &resources("AWS::Serverless::Function")["PublishToDeviceFunction"];
+    assert_eq!(publisher["DependsOn"], serde_json::json!(["DevicePolicy", "UspRepliesRule"]));
+}
+
 #[test]
 fn every_message_from_outside_goes_through_a_queue_with_a_dead_letter_queue() {
     for (name, queue) in resources("AWS::SQS::Queue") {

@@ -301,7 +301,8 @@ async fn every_way_through_a_firmware_upgrade() {
         let asked = state != "AwaitOnline";
         paths.push(one(state, vec![error("JobCanceled", "why")], failed_at(state, asked), Err(("JobCanceled", "why"))));
         let late = if state == "DispatchDownload" || !asked { "States.Timeout" } else { "States.HeartbeatTimeout" };
-        paths.push(one(state, vec![error(late, "")], failed_at(state, asked), Err(("DeviceTimedOut", "device"))));
+        let cause = if state == "DispatchDownload" { "sent three times over json, the default" } else { "device" };
+        paths.push(one(state, vec![error(late, "")], failed_at(state, asked), Err(("DeviceTimedOut", cause))));
     }
     // An address that has expired is signed again; one that does not become good ends the workflow, and the device is told.
     let expired = error("AddressExpired", "status 403");

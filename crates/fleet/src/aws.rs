@@ -1,12 +1,14 @@
 //! AWS configuration and values, once for every binary.
 
-use crate::config;
+use crate::{Error, config, error};
 use aws_config::{BehaviorVersion, SdkConfig};
 use aws_sdk_dynamodb::types::AttributeValue;
+use aws_sdk_iotdataplane::primitives::Blob;
 use aws_smithy_http_client::{
     Builder,
     tls::{Provider, TlsContext, TrustStore, rustls_provider::CryptoMode},
 };
+use protocol::Publication;
 
 /// The authorities that sign the certificates of AWS services (<https://www.amazontrust.com/repository/>).
 const AMAZON_ROOTS: &[u8] = include_bytes!("amazon-roots.pem");
@@ -50,6 +52,12 @@ fn at(aws: &SdkConfig, host: &str) -> SdkConfig {
         Some(_) => aws.clone(),
         None => aws.to_builder().endpoint_url(format!("https://{host}")).build(),
     }
+}
+
+/// Publishes a message for devices, workers or sensors.
+pub(crate) async fn publish(mqtt: &aws_sdk_iotdataplane::Client, message: Publication) -> Result<(), Error> {
+    let publish = mqtt.publish().topic(message.topic).qos(1).payload(Blob::new(message.payload));
+    publish.send().await.map(|_| ()).map_err(|error| error::aws("iot:Publish", &error))
 }
 
 /// A text as DynamoDB has it.

@@ -1,8 +1,10 @@
 //! What devices say of themselves, kept in the registry: a thing's attributes `firmwareVersion` and `protocol`.
 
 use crate::error::{aws, code};
+use crate::things::{self, Thing};
 use crate::{Error, ErrorName};
 use aws_sdk_iot::types::AttributePayload;
+use protocol::fields::ATTRIBUTE_VALUE;
 use protocol::{ProtocolName, ThingName};
 use std::collections::HashMap;
 
@@ -47,21 +49,17 @@ impl DeviceRegistry {
     pub async fn record(&self, thing: &ThingName, said: &Said) -> Result<(), Error> {
         let Some(iot) = self.iot.as_ref().filter(|_| *said != Said::default()) else { return Ok(()) };
         for _ in 0..ATTEMPTS {
-            let described = match iot.describe_thing().thing_name(thing.as_str()).send().await {
-                Ok(described) => described,
-                Err(error) if code(&error) == Some("ResourceNotFoundException") => {
-                    tracing::info!(thing = thing.as_str(), outcome = "IGNORED", "the registry has no such thing");
-                    return Ok(());
-                }
-                Err(error) => return Err(aws("iot:DescribeThing", &error)),
+            let Some(Thing { attributes, version }) = things::describe(iot, thing.as_str()).await? else {
+                tracing::info!(thing = thing.as_str(), outcome = "IGNORED", "the registry has no such thing");
+                return Ok(());
             };
-            let changes = changes(&described.attributes.unwrap_or_default(), said);
+            let changes = changes(&attributes, said);
             if changes.is_empty() {
                 return Ok(());
             }
             let payload = AttributePayload::builder().set_attributes(Some(changes.clone())).merge(true).build();
             let update = iot.update_thing().thing_name(thing.as_str()).attribute_payload(payload);
-            match update.expected_version(described.version).send().await {
+            match update.expected_version(version).send().await {
                 Ok(_) => {
                     tracing::info!(thing = thing.as_str(), ?changes, outcome = "APPLIED", "attributes recorded");
                     return Ok(());
@@ -90,7 +88,7 @@ fn changes(attributes: &HashMap<String, String>, said: &Said) -> HashMap<String,
     let known = attributes.get(FIRMWARE_VERSION);
     let is_outdated = said.instead_of.is_some() && known != said.instead_of.as_ref();
     if let Some(version) = said.runs.as_ref().filter(|version| known != Some(version) && !is_outdated) {
-        if is_attribute_value(version) {
+        if ATTRIBUTE_VALUE.check(version).is_ok() {
             changes.insert(FIRMWARE_VERSION.to_owned(), version.clone());
         } else {
             tracing::warn!(version, outcome = "REJECTED", "the registry takes no such attribute");
@@ -101,12 +99,6 @@ fn changes(attributes: &HashMap<String, String>, said: &Said) -> HashMap<String,
         changes.insert(PROTOCOL.to_owned(), ProtocolName::Usp.to_string());
     }
     changes
-}
-
-/// Whether the registry takes the text as an attribute's value
-/// (<https://docs.aws.amazon.com/iot/latest/apireference/API_AttributePayload.html>).
-fn is_attribute_value(text: &str) -> bool {
-    protocol::fields::ATTRIBUTE_VALUE.check(text).is_ok()
 }
 
 #[cfg(test)]

@@ -1,10 +1,15 @@
 //! Job executions as AWS IoT Jobs has them now, on its data plane, which knows those that have not ended.
 
+use crate::aws::now_seconds;
 use crate::error::{aws, code, unbuilt};
 use crate::{Error, ErrorName};
 use aws_sdk_iotjobsdataplane::types::{JobExecution, JobExecutionStatus};
 use protocol::job::NextExecution;
 use protocol::{JobId, ThingName};
+
+/// After which AWS IoT Jobs tells of a job execution what it has announced of it. No document says that it tells at once, and it
+/// announces once.
+const SETTLED_SECONDS: i64 = 30;
 
 /// How a job execution stands.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -73,6 +78,11 @@ impl JobExecutions {
             job_document: serde_json::from_str(document).map_err(unbuilt)?,
         }))
     }
+}
+
+/// Whether what was announced then (Unix seconds) may not be told yet.
+pub(crate) fn is_unsettled(announced_at: i64) -> bool {
+    now_seconds() - announced_at < SETTLED_SECONDS
 }
 
 /// A time of AWS IoT Jobs in Unix seconds, which is what its data plane is documented to say; its milliseconds elsewhere are no other

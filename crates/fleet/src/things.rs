@@ -9,14 +9,20 @@ use crate::queue::MqttMessage;
 use protocol::recovery::UpdateReport;
 use std::collections::HashMap;
 
-/// A thing's attributes; none if the registry has no such thing. It answers 350 such questions a second
+/// A thing as the registry has it.
+pub(crate) struct Thing {
+    pub(crate) attributes: HashMap<String, String>,
+    /// Counts its changes.
+    pub(crate) version: i64,
+}
+
+/// A thing; none if the registry has no such thing. It answers 350 such questions a second
 /// (<https://docs.aws.amazon.com/general/latest/gr/iot-core.html>), and refuses further ones as throttled.
-pub(crate) async fn attributes(
-    iot: &aws_sdk_iot::Client,
-    thing: &str,
-) -> Result<Option<HashMap<String, String>>, Error> {
+pub(crate) async fn describe(iot: &aws_sdk_iot::Client, thing: &str) -> Result<Option<Thing>, Error> {
     match iot.describe_thing().thing_name(thing).send().await {
-        Ok(described) => Ok(Some(described.attributes.unwrap_or_default())),
+        Ok(described) => {
+            Ok(Some(Thing { attributes: described.attributes.unwrap_or_default(), version: described.version }))
+        }
         // A client's id can be what no thing's name can.
         Err(error) if matches!(code(&error), Some("ResourceNotFoundException" | "InvalidRequestException")) => Ok(None),
         Err(error) => Err(aws("iot:DescribeThing", &error)),
@@ -32,7 +38,7 @@ pub(crate) async fn update_report(
         tracing::info!(topic = message.topic, outcome = "IGNORED", "no report: it names no thing");
         return Ok(None);
     };
-    if attributes(iot, report.thing_name.as_str()).await?.is_none() {
+    if describe(iot, report.thing_name.as_str()).await?.is_none() {
         tracing::info!(thing = report.thing_name.as_str(), outcome = "IGNORED", "the registry has no such thing");
         return Ok(None);
     }

@@ -14,9 +14,6 @@ pub struct Publication {
     pub payload: Vec<u8>,
 }
 
-/// A message that the device asked the cloud to send back once its report has taken effect.
-pub type Acknowledgement = Publication;
-
 /// What one message from a device comes to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Received {
@@ -24,8 +21,8 @@ pub struct Received {
     pub report: Report,
     /// The version that the device runs, if it reports a boot, good or failed, and says so.
     pub runs: Option<String>,
-    /// What it wants to hear in return.
-    pub acknowledgement: Option<Acknowledgement>,
+    /// What it has asked the cloud to send back once its report has taken effect.
+    pub acknowledgement: Option<Publication>,
 }
 
 /// How a device answers one command: kept by the device for as long as the operation lasts.

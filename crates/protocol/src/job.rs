@@ -121,6 +121,9 @@ pub struct JobExecutionEvent {
     pub job_id: JobId,
     /// ARN of the thing; its name is what follows the last `/`.
     pub thing_arn: String,
+    /// When it was announced, in Unix seconds.
+    #[serde(default)]
+    pub timestamp: i64,
 }
 
 impl JobExecutionEvent {

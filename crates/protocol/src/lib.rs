@@ -21,9 +21,7 @@ mod text;
 mod usp;
 mod whole;
 
-pub use device::{
-    Acknowledgement, DecodeError, DeviceProtocol, Publication, Received, ReceivedCommand, ReplyTo, protocol_of_topic,
-};
+pub use device::{DecodeError, DeviceProtocol, Publication, Received, ReceivedCommand, ReplyTo, protocol_of_topic};
 pub use ids::{
     Building, HandlerName, InvalidId, JobId, OperationId, ReadingId, SensorId, SettingName, Tenant, ThingName,
     WorkerName,

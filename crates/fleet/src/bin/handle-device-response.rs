@@ -8,12 +8,13 @@ use fleet::{aws, config, lambda, queue::DeadLetters, workflows::rendezvous::Rend
 async fn main() -> Result<(), lambda_runtime::Error> {
     let (adapters, dead_letters) = &lambda::configured(async {
         let aws = aws::load().await;
+        let owns_device_topics = config::owns_device_topics()?;
         Ok((
             handle_device_response::Adapters {
-                owns_device_topics: config::owns_device_topics()?,
+                owns_device_topics,
                 rendezvous: Rendezvous::new(&aws, config::required("RENDEZVOUS_TABLE")?),
                 settings: SettingsTable::from_environment(&aws)?,
-                registry: DeviceRegistry::new(&aws, config::owns_device_topics()?),
+                registry: DeviceRegistry::new(&aws, owns_device_topics),
                 sns: aws_sdk_sns::Client::new(&aws),
                 events_topic_arn: config::required("EVENTS_TOPIC_ARN")?,
                 mqtt: aws::iot_data_client(&aws)?,

@@ -3,16 +3,15 @@
 use super::settings::SettingsTable;
 use super::worker_jobs::WorkerJobs;
 use crate::device_registry::{DeviceRegistry, Said};
-use crate::error::{aws, unbuilt};
+use crate::error::unbuilt;
 use crate::queue::MqttMessage;
 use crate::workflows::rendezvous::{Answer, Arrival, Operation, Rendezvous};
-use crate::{Error, ErrorName};
+use crate::{Error, ErrorName, aws, error};
 use protocol::events::{DeviceBooted, EventType};
 use protocol::on_premises::tenant_of_answer;
 use protocol::settings::{SettingResponse, thing_of_response};
 use protocol::{
-    Acknowledgement, DeviceEvent, DeviceFailure, Received, Report, Response, Step, StepOutcome, ThingName,
-    protocol_of_topic,
+    DeviceEvent, DeviceFailure, Received, Report, Response, Step, StepOutcome, ThingName, protocol_of_topic,
 };
 
 /// What the handler reaches.
@@ -65,7 +64,7 @@ pub async fn handle(adapters: &Adapters, body: &str) -> Result<(), Error> {
         Report::Event(_) => {}
     }
     match acknowledgement {
-        Some(acknowledgement) if adapters.owns_device_topics => acknowledge(adapters, acknowledgement).await,
+        Some(acknowledgement) if adapters.owns_device_topics => aws::publish(&adapters.mqtt, acknowledgement).await,
         _ => Ok(()),
     }
 }
@@ -142,14 +141,7 @@ async fn publish(adapters: &Adapters, thing: &ThingName, event: DeviceEvent) -> 
         .message_attributes("eventType", attribute.map_err(unbuilt)?)
         .send()
         .await
-        .map_err(|error| aws("sns:Publish", &error))?;
+        .map_err(|error| error::aws("sns:Publish", &error))?;
     tracing::info!(thing = thing.as_str(), event = "DEVICE_BOOTED", outcome = "APPLIED");
-    Ok(())
-}
-
-async fn acknowledge(adapters: &Adapters, acknowledgement: Acknowledgement) -> Result<(), Error> {
-    let payload = aws_sdk_iotdataplane::primitives::Blob::new(acknowledgement.payload);
-    let publish = adapters.mqtt.publish().topic(acknowledgement.topic).qos(1).payload(payload);
-    publish.send().await.map_err(|error| aws("iot:Publish", &error))?;
     Ok(())
 }

@@ -2,13 +2,11 @@
 
 use super::settings::{Push, SettingsTable};
 use super::worker_jobs::{Order, WorkerJobs};
-use crate::aws::now_millis;
+use crate::aws::{self, now_millis};
 use crate::device_registry::{DeviceRegistry, Said};
-use crate::error::aws;
 use crate::tasks::Outcome;
 use crate::workflows::rendezvous::{Operation, Rendezvous, Wait};
-use crate::{Error, ErrorName};
-use aws_sdk_iotdataplane::primitives::Blob;
+use crate::{Error, ErrorName, error};
 use aws_sdk_s3::presigning::PresigningConfig;
 use futures_util::future::try_join_all;
 use protocol::job::Artifact;
@@ -205,8 +203,7 @@ async fn apply_settings(adapters: &Adapters, operation: &Operation, push: &Push)
 
 async fn publish(adapters: &Adapters, operation: &Operation, publication: Publication) -> Result<(), Error> {
     let topic = publication.topic.clone();
-    let publish = adapters.mqtt.publish().topic(publication.topic).qos(1).payload(Blob::new(publication.payload));
-    publish.send().await.map_err(|error| aws("iot:Publish", &error))?;
+    aws::publish(&adapters.mqtt, publication).await?;
     tracing::info!(operation = operation.key(), topic, "published");
     Ok(())
 }
@@ -247,7 +244,7 @@ async fn sign(
     let lifetime = PresigningConfig::expires_in(lifetime)
         .map_err(|error| Error::new(ErrorName::ServiceError, format!("presigned URL: {error}")))?;
     let request = adapters.s3.get_object().bucket(&adapters.firmware_bucket).key(key).set_version_id(version_id);
-    let signed = request.presigned(lifetime).await.map_err(|error| aws("s3:GetObject", &error))?;
+    let signed = request.presigned(lifetime).await.map_err(|error| error::aws("s3:GetObject", &error))?;
     Ok(signed.uri().to_owned())
 }
 
@@ -274,5 +271,81 @@ mod tests {
         let error = check_bucket(Some("theirs"), "ours").unwrap_err();
         assert_eq!(error.name, ErrorName::InvalidInput);
         assert!(error.message.contains("artifact.bucket") && error.message.contains("theirs"), "{}", error.message);
+    }
+
+    type Calls = std::sync::Arc<std::sync::Mutex<Vec<String>>>;
+
+    /// What the function reaches, on an AWS that answers each call with the item of a meeting, and what it is told.
+    fn adapters(owns_device_topics: bool, meeting: &Value) -> (Adapters, Calls) {
+        use aws_config::{BehaviorVersion, Region, SdkConfig};
+        use aws_smithy_http_client::test_util::infallible_client_fn;
+        let calls = Calls::default();
+        let noted = calls.clone();
+        let answer = serde_json::json!({"Attributes": meeting}).to_string();
+        let http = infallible_client_fn(move |request: ureq::http::Request<_>| {
+            let body = String::from_utf8_lossy(request.body().bytes().unwrap_or_default());
+            noted.lock().unwrap().push(format!("{} {body}", request.uri()));
+            ureq::http::Response::builder().body(answer.clone()).unwrap()
+        });
+        let credentials =
+            aws_sdk_s3::config::SharedCredentialsProvider::new(aws_sdk_s3::config::Credentials::for_tests());
+        let config = SdkConfig::builder().behavior_version(BehaviorVersion::latest()).http_client(http);
+        let config = config.region(Region::from_static("eu-west-1")).credentials_provider(credentials).build();
+        let mqtt = aws_sdk_iotdataplane::Client::from_conf((&config).into());
+        let limits = super::super::worker_jobs::Limits {
+            table: "x".into(),
+            bucket: "x".into(),
+            tenants: vec!["tenant1".into()],
+            lease: 20_000,
+            max_result_bytes: 1,
+        };
+        let adapters = Adapters {
+            rendezvous: Rendezvous::new(&config, "rendezvous".into()),
+            settings: SettingsTable::new(&config, "settings".into()),
+            registry: DeviceRegistry::new(&config, owns_device_topics),
+            mqtt: mqtt.clone(),
+            s3: aws_sdk_s3::Client::new(&config),
+            firmware_bucket: "firmware".into(),
+            worker_jobs: WorkerJobs::new(&config, mqtt, limits),
+            owns_device_topics,
+        };
+        (adapters, calls)
+    }
+
+    #[tokio::test]
+    async fn a_stack_that_does_not_hear_workers_runs_no_jobs_of_theirs() {
+        let command = serde_json::json!({
+            "name": "RUN_JOB", "tenant": "tenant1", "wait": {"taskToken": "t", "attempt": 0}, "input": {},
+        });
+        let input = serde_json::json!({"operationId": "o", "command": command});
+        let (adapters, calls) = adapters(false, &Value::Null);
+        let error = handle(&adapters, serde_json::from_value(input).unwrap()).await.unwrap_err();
+        assert_eq!(error.name, ErrorName::InvalidInput);
+        assert!(error.message.starts_with("DeviceTopics: got shared"), "{}", error.message);
+        assert_eq!(calls.lock().unwrap().len(), 0);
+    }
+
+    /// One that the cloud has signed is signed anew; the job's own has expired for good.
+    #[tokio::test]
+    async fn an_address_that_has_expired_is_signed_anew_if_it_can_be() {
+        for (artifact, commands) in [
+            (serde_json::json!({"key": "k"}), vec!["DOWNLOAD_FIRMWARE"]),
+            (serde_json::json!({"url": "https://example.com/k"}), vec!["CANCEL_DOWNLOAD", "TransferFailed"]),
+        ] {
+            let command = serde_json::json!({
+                "name": "AWAIT_TRANSFER", "protocol": "json", "wait": {"taskToken": "t", "attempt": 1},
+                "firmwareVersion": "1.2.3", "artifact": artifact, "urlLifetimeSeconds": 3600,
+            });
+            let input = serde_json::json!({"thingName": "t", "operationId": "o", "command": command});
+            let (adapters, calls) = adapters(true, &serde_json::json!({"interrupted": {"BOOL": true}}));
+            assert_eq!(handle(&adapters, serde_json::from_value(input).unwrap()).await, Ok(()));
+            let calls = calls.lock().unwrap();
+            let told = calls.iter().filter(|call| call.contains("/topics/") || call.contains(":answer"));
+            let mut told: Vec<_> = told.collect();
+            // The error is the answer of each step.
+            told.dedup_by_key(|call| call.contains(":answer"));
+            assert_eq!(told.len(), commands.len(), "{told:?}");
+            assert!(commands.iter().zip(&told).all(|(command, call)| call.contains(command)), "{told:?}");
+        }
     }
 }

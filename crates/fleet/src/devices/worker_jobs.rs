@@ -1,17 +1,16 @@
 //! Jobs that workers on premises run: dispatched on `{tenant}/to/worker`, answered on `{tenant}/to/lambda`.
 
 use super::worker_job::{Answer, Claimed, Dispatch, Expected, JobHandle, Judged, Renewed, WorkerJob};
-use crate::aws::{now_millis, now_seconds};
+use crate::aws::{now_millis, now_seconds, publish};
 use crate::error::{aws, code, unbuilt};
 use crate::item_table::ItemTable;
 use crate::tasks::{MAX_CAUSE_CHARACTERS, Outcome, Tasks};
 use crate::workflows::rendezvous::Wait;
 use crate::{Error, ErrorName, config};
-use aws_sdk_iotdataplane::primitives::Blob;
 use aws_sdk_s3::config::RequestChecksumCalculation;
 use aws_sdk_s3::presigning::PresigningConfig;
 use protocol::on_premises::{JobMessage, Lease, Verdict, WorkerMessage, WorkerReply, WorkerResult};
-use protocol::{HandlerName, MAX_PAYLOAD_BYTES, OperationId, Publication, Tenant, WorkerName};
+use protocol::{HandlerName, MAX_PAYLOAD_BYTES, OperationId, Tenant, WorkerName};
 use serde_json::{Map, Value, json};
 use std::time::Duration;
 
@@ -164,7 +163,7 @@ impl WorkerJobs {
                     handler: handler.clone(),
                     input_bytes: is_large.then_some(bytes as u64),
                 };
-                self.publish(message.encode(tenant)).await?;
+                publish(&self.mqtt, message.encode(tenant)).await?;
                 Outcome::Waiting
             }
         };
@@ -418,13 +417,7 @@ impl WorkerJobs {
         verdict: Verdict,
     ) -> Result<(), Error> {
         let reply = WorkerReply { task_token: job.handle.to_string(), request, verdict };
-        self.publish(reply.encode(job.tenant, worker)).await
-    }
-
-    async fn publish(&self, publication: Publication) -> Result<(), Error> {
-        let publish = self.mqtt.publish().topic(publication.topic).qos(1).payload(Blob::new(publication.payload));
-        publish.send().await.map_err(|error| aws("iot:Publish", &error))?;
-        Ok(())
+        publish(&self.mqtt, reply.encode(job.tenant, worker)).await
     }
 }
 

@@ -4,12 +4,11 @@ use super::climate::{Climate, Metric, Reason, Remedy};
 pub use super::climate::{Rule, Rules};
 use super::metrics::Metrics;
 use super::readings::{Sample, expiry};
-use crate::aws::{number, text};
+use crate::aws::{number, publish, text};
 use crate::error::{aws, unbuilt};
 use crate::item_table::ItemTable;
 use crate::queue::DeadLetters;
 use crate::{Error, config};
-use aws_sdk_iotdataplane::primitives::Blob;
 use protocol::SensorId;
 use protocol::telemetry::Remediation;
 use serde::{Deserialize, Serialize};
@@ -143,9 +142,7 @@ async fn apply(adapters: &Adapters, remedy: &Remedy, is_late: bool) -> Result<()
         let remediation =
             Remediation { device: sample.device.clone(), temperature: temperature.target, humidity: humidity.target };
         ask_for_check(adapters, remedy).await?;
-        let message = remediation.encode(&sample.building);
-        let publish = adapters.mqtt.publish().topic(message.topic).qos(1).payload(Blob::new(message.payload));
-        publish.send().await.map_err(|error| aws("iot:Publish", &error))?;
+        publish(&adapters.mqtt, remediation.encode(&sample.building)).await?;
         let Sample { temperature, humidity, .. } = sample;
         tracing::info!(outcome = "REMEDIATED", device, temperature, humidity, metrics = ?act_on);
         // A mark in a picture is not worth telling the sensor twice.

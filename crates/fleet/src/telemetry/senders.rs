@@ -73,7 +73,7 @@ impl Senders {
 
     /// What the attribute holds; nothing if there is no such thing.
     async fn ask(&self, thing: &str) -> Result<String, Error> {
-        let attributes = things::attributes(&self.client, thing).await?;
-        Ok(attributes.and_then(|mut all| all.remove(ATTRIBUTE)).unwrap_or_default())
+        let thing = things::describe(&self.client, thing).await?;
+        Ok(thing.and_then(|mut thing| thing.attributes.remove(ATTRIBUTE)).unwrap_or_default())
     }
 }

@@ -2,9 +2,8 @@
 //! workflow, once.
 
 use super::started::{Started, StartedOperations};
-use crate::aws::now_seconds;
 use crate::error::{aws, code, unbuilt};
-use crate::job_executions::{JobExecutions, Standing, unix_seconds};
+use crate::job_executions::{JobExecutions, Standing, is_unsettled, unix_seconds};
 use crate::queue::{MqttMessage, NextOf, json};
 use crate::{Error, ErrorName, things};
 use protocol::job::{JobDocument, NextExecution, NotifyNext, UpgradeInput, WorkflowName};
@@ -14,10 +13,6 @@ use protocol::{InvalidId, JobId, OperationId, PresenceEvent, ThingName};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
-
-/// After which what AWS IoT Jobs does not have is gone. Before, it may have announced what it does not tell yet: no document says
-/// that it tells at once, and it announces once.
-const SETTLED_SECONDS: i64 = 30;
 
 /// What the handler reaches.
 #[derive(Debug)]
@@ -87,7 +82,7 @@ async fn is_due(adapters: &Adapters, start: &Start<'_>) -> Result<bool, Error> {
     let Some((thing, job, operation)) = &start.job else { return Ok(true) };
     adapters.started.add(thing, job, operation).await?;
     let (number, queued_at) = (operation.execution_number, operation.queued_at);
-    let is_new = queued_at.is_some_and(|time| now_seconds() - time < SETTLED_SECONDS);
+    let is_new = queued_at.is_some_and(is_unsettled);
     match adapters.executions.standing(thing, job, number, queued_at).await? {
         Standing::Pending(_) => Ok(true),
         Standing::Unknown if is_new => {
@@ -176,8 +171,8 @@ async fn of_session<'a>(adapters: &'a Adapters, event: &PresenceEvent) -> Result
         .client_id
         .parse()
         .map_err(|error: InvalidId| Error::new(ErrorName::MalformedMessage, format!("clientId: {error}")))?;
-    let attributes = things::attributes(&adapters.iot, thing_name.as_str()).await?;
-    let external_id = attributes.and_then(|mut all| all.remove("externalId")).filter(|id| !id.is_empty());
+    let thing = things::describe(&adapters.iot, thing_name.as_str()).await?;
+    let external_id = thing.and_then(|mut thing| thing.attributes.remove("externalId")).filter(|id| !id.is_empty());
     if external_id.is_none() {
         tracing::info!(client = event.client_id, outcome = "IGNORED", "no thing with the attribute externalId");
         return Ok(None);
@@ -371,6 +366,37 @@ mod tests {
     #[tokio::test]
     async fn a_job_execution_that_is_gone_by_then_starts_nothing() {
         assert_eq!(outcome_of(None, &ours(), 1_795_238_494).await, (Ok(()), 0));
+    }
+
+    /// What AWS IoT Jobs announces it may not tell yet where it is asked, and it announces once.
+    #[tokio::test]
+    async fn a_job_execution_that_is_unknown_just_after_it_was_queued_is_asked_for_again() {
+        use aws_sdk_iotjobsdataplane::operation::describe_job_execution::DescribeJobExecutionError;
+        for (age, result) in [(5, Err(ErrorName::ServiceUnavailable)), (60, Ok(false))] {
+            let unknown = mock!(aws_sdk_iotjobsdataplane::Client::describe_job_execution).then_error(|| {
+                let code = aws_sdk_iotjobsdataplane::error::ErrorMetadata::builder().code("ResourceNotFoundException");
+                DescribeJobExecutionError::generic(code.build())
+            });
+            let put = mock!(aws_sdk_dynamodb::Client::put_item).then_output(|| PutItemOutput::builder().build());
+            let adapters = Adapters {
+                step_functions: mock_client!(aws_sdk_sfn, []),
+                iot: mock_client!(aws_sdk_iot, []),
+                firmware_upgrade_arn: String::new(),
+                config_push_arn: String::new(),
+                failed_update_recovery_arn: String::new(),
+                on_premises_job_arn: String::new(),
+                executions: JobExecutions::new(mock_client!(aws_sdk_iotjobsdataplane, [&unknown])),
+                started: StartedOperations::new(mock_client!(aws_sdk_dynamodb, [&put]), "rendezvous".into()),
+                stack: "fleetflow".into(),
+                owns_device_topics: true,
+            };
+            let next: NotifyNext = serde_json::from_value(serde_json::json!({"execution": {
+                "jobId": "job-1", "executionNumber": 1, "queuedAt": crate::aws::now_seconds() - age, "jobDocument": ours(),
+            }}))
+            .unwrap();
+            let start = of_job(&adapters, "gateway-1".parse().unwrap(), next).unwrap().unwrap();
+            assert_eq!(is_due(&adapters, &start).await.map_err(|error| error.name), result, "{age} s");
+        }
     }
 
     #[tokio::test]

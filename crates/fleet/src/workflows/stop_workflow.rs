@@ -2,7 +2,7 @@
 
 use super::rendezvous::{Operation, Rendezvous};
 use super::started::{Started, StartedOperations};
-use crate::job_executions::{JobExecutions, Standing};
+use crate::job_executions::{JobExecutions, Standing, is_unsettled, unix_seconds};
 use crate::queue::{MqttMessage, Queue};
 use crate::{Error, ErrorName};
 use protocol::job::JobExecutionEvent;
@@ -39,7 +39,12 @@ pub async fn handle(adapters: &Adapters, body: &str) -> Result<(), Error> {
     let thing = event
         .thing_name()
         .ok_or_else(|| Error::new(ErrorName::MalformedMessage, format!("thingArn: got {:?}", event.thing_arn)))?;
-    for operation_id in ended(adapters, &thing, &event.job_id).await? {
+    let (pending, ended) = standing(adapters, &thing, &event.job_id).await?;
+    if ended.is_empty() && pending && is_unsettled(unix_seconds(event.timestamp)) {
+        let message = format!("the job {} has ended on {thing}, and AWS IoT Jobs does not say so (yet)", event.job_id);
+        return Err(Error::new(ErrorName::ServiceUnavailable, message));
+    }
+    for operation_id in ended {
         let operation = Operation::new(&thing, &operation_id);
         adapters.rendezvous.fail(&operation, &error).await?;
         if error.name == ErrorName::JobTimedOut {
@@ -51,16 +56,16 @@ pub async fn handle(adapters: &Adapters, body: &str) -> Result<(), Error> {
     Ok(())
 }
 
-/// What has been started for a job on a thing and has its job execution no more.
-async fn ended(adapters: &Adapters, thing: &ThingName, job: &JobId) -> Result<Vec<OperationId>, Error> {
-    let mut ended = Vec::new();
+/// Of what has been started for a job on a thing: whether anything still has its job execution, and what has it no more.
+async fn standing(adapters: &Adapters, thing: &ThingName, job: &JobId) -> Result<(bool, Vec<OperationId>), Error> {
+    let (mut pending, mut ended) = (false, Vec::new());
     for Started { operation_id, execution_number, queued_at } in adapters.started.of(thing, job).await? {
         match adapters.executions.standing(thing, job, execution_number, queued_at).await? {
-            Standing::Pending(_) => {}
+            Standing::Pending(_) => pending = true,
             Standing::Ended | Standing::Unknown => ended.push(operation_id),
         }
     }
-    Ok(ended)
+    Ok((pending, ended))
 }
 
 #[cfg(test)]
@@ -115,7 +120,9 @@ mod tests {
             });
         let jobs = mock_client!(aws_sdk_iotjobsdataplane, RuleMode::MatchAny, [&first, &others]);
         let adapters = adapters(mock_client!(aws_sdk_dynamodb, [&query]), jobs);
-        let ended = ended(&adapters, &"gateway-1".parse().unwrap(), &"job-1".parse().unwrap()).await.unwrap();
+        let standing = standing(&adapters, &"gateway-1".parse().unwrap(), &"job-1".parse().unwrap()).await;
+        let (pending, ended) = standing.unwrap();
+        assert!(pending);
         assert_eq!(ended.iter().map(OperationId::as_str).collect::<Vec<_>>(), ["job-1-1-10", "job-1-2-20"]);
     }
 
@@ -142,6 +149,31 @@ mod tests {
             let body = json!({"topic": topic, "payload": BASE64_STANDARD.encode(payload.to_string())});
             assert_eq!(handle(&adapters, &body.to_string()).await, Ok(()), "{end}");
             assert_eq!(query.num_calls(), heard, "{end}");
+        }
+    }
+
+    /// AWS IoT Jobs may announce an end before it tells of it where it is asked.
+    #[tokio::test]
+    async fn an_end_that_is_not_told_yet_is_looked_up_once_more() {
+        for (age, result) in [(5, Err(ErrorName::ServiceUnavailable)), (60, Ok(()))] {
+            let item = json!({"step": "job-1-1-7", "executionNumber": 1, "queuedAt": 7, "expiresAt": 1});
+            let query = mock!(aws_sdk_dynamodb::Client::query).then_output(move || {
+                let item = serde_dynamo::to_item(item.clone()).unwrap();
+                QueryOutput::builder().items(item).build()
+            });
+            let pending = mock!(aws_sdk_iotjobsdataplane::Client::describe_job_execution).then_output(|| {
+                let execution = JobExecution::builder().status(JobExecutionStatus::InProgress).queued_at(7);
+                DescribeJobExecutionOutput::builder().execution(execution.build()).build()
+            });
+            let jobs = mock_client!(aws_sdk_iotjobsdataplane, [&pending]);
+            let adapters = adapters(mock_client!(aws_sdk_dynamodb, [&query]), jobs);
+            let payload = json!({
+                "timestamp": crate::aws::now_seconds() - age, "jobId": "job-1",
+                "thingArn": "arn:aws:iot:eu-west-1:123456789012:thing/gateway-1",
+            });
+            let topic = "$aws/events/jobExecution/job-1/canceled";
+            let body = json!({"topic": topic, "payload": BASE64_STANDARD.encode(payload.to_string())});
+            assert_eq!(handle(&adapters, &body.to_string()).await.map_err(|error| error.name), result, "{age} s");
         }
     }
 }
