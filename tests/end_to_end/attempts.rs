@@ -46,11 +46,9 @@ async fn errors(cloud: &Cloud, job: &str, count: usize) -> BTreeSet<String> {
 #[ignore = "needs the local cloud: cargo xtask test"]
 async fn attempts_that_time_out_are_tried_again_and_the_second_succeeds() {
     let cloud = Cloud::connect().await;
-    let (group, devices) = cloud.provision("again", 1, ProtocolMix::All(ProtocolName::Json)).await;
-    let things = names(&devices);
-    let image = cloud.upload("2.0.0", 1000).await;
-    let mut device = ScriptedDevice::connect(&devices[0]).await;
-    let job = cloud.create_job(&group, &image, json!({"retries": 1, "timeoutMinutes": 1})).await;
+    let more = json!({"retries": 1, "timeoutMinutes": 1});
+    let (mut device, job) = ScriptedDevice::with_job(&cloud, "again", ProtocolName::Json, more).await;
+    let things = [device.thing.clone()];
     let (first, reply_to) = device.download().await;
     device.succeed(&first, &reply_to, Step::DownloadStarted, "").await;
 
@@ -72,11 +70,9 @@ async fn attempts_that_time_out_are_tried_again_and_the_second_succeeds() {
 #[ignore = "needs the local cloud: cargo xtask test"]
 async fn attempts_that_failed_are_followed_by_the_next_without_being_announced() {
     let cloud = Cloud::connect().await;
-    let (group, devices) = cloud.provision("retry", 1, ProtocolMix::All(ProtocolName::Usp)).await;
-    let things = names(&devices);
-    let image = cloud.upload("2.0.0", 1000).await;
-    let mut device = ScriptedDevice::connect(&devices[0]).await;
-    let job = cloud.create_job(&group, &image, json!({"retries": 2})).await;
+    let more = json!({"retries": 2});
+    let (mut device, job) = ScriptedDevice::with_job(&cloud, "retry", ProtocolName::Usp, more).await;
+    let things = [device.thing.clone()];
     let failure = || StepOutcome::Failed(DeviceFailure { code: "7000".into(), message: "no".into() });
     let (first, reply_to) = device.download().await;
     device.answer(&first, &reply_to, Step::FirmwareTransferred, failure()).await;

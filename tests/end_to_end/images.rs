@@ -4,9 +4,7 @@
 use aws_sdk_iot::types::{AttributePayload, JobExecutionStatus, JobStatus};
 use base64::{Engine, prelude::BASE64_STANDARD};
 use device_simulator::provision::ProtocolMix;
-use protocol::{
-    Command, DeviceFailure, Firmware, OperationId, ProtocolName, Publication, ReplyTo, Step, StepOutcome, ThingName,
-};
+use protocol::{Command, DeviceFailure, Firmware, OperationId, ProtocolName, Publication, ReplyTo, Step, StepOutcome};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use tests::{Cloud, Ended, Image, ScriptedDevice, eventually, names, random_bytes, saw};
@@ -47,10 +45,6 @@ async fn fetched(firmware: &Firmware) -> Vec<u8> {
 async fn artifact(cloud: &Cloud, job: &str) -> Value {
     let document = cloud.iot.get_job_document().job_id(job).send().await.unwrap().document.unwrap();
     serde_json::from_str::<Value>(&document).unwrap()["artifact"].take()
-}
-
-async fn thing_arn(cloud: &Cloud, thing: &ThingName) -> String {
-    cloud.iot.describe_thing().thing_name(thing.as_str()).send().await.unwrap().thing_arn.unwrap()
 }
 
 #[tokio::test]
@@ -156,11 +150,8 @@ async fn the_local_cloud_refuses_what_aws_refuses() {
 #[ignore = "needs the local cloud: cargo xtask test"]
 async fn a_failure_in_whatever_characters_ends_its_job_execution() {
     let cloud = Cloud::connect().await;
-    let (_, devices) = cloud.provision("characters", 1, ProtocolMix::All(ProtocolName::Json)).await;
-    let thing = devices[0].thing.clone();
-    let image = cloud.upload("2.0.0", 1000).await;
-    let mut device = ScriptedDevice::connect(&devices[0]).await;
-    let job = cloud.create_job(&thing_arn(&cloud, &thing).await, &image, json!({})).await;
+    let (mut device, job) = ScriptedDevice::with_job(&cloud, "characters", ProtocolName::Json, json!({})).await;
+    let thing = device.thing.clone();
     let (operation, ..) = download(&mut device).await;
     // A byte order mark, soft hyphens, a joiner inside an emoji.
     let answer = json!({
@@ -211,11 +202,8 @@ async fn a_job_that_says_nothing_else_begins_slowly_and_stops_itself() {
 #[ignore = "needs the local cloud: cargo xtask test"]
 async fn an_address_that_has_expired_is_signed_again() {
     let cloud = Cloud::connect().await;
-    let (_, devices) = cloud.provision("expired", 1, ProtocolMix::All(ProtocolName::Json)).await;
-    let thing = devices[0].thing.clone();
-    let image = cloud.upload("2.0.0", 1000).await;
-    let mut device = ScriptedDevice::connect(&devices[0]).await;
-    let job = cloud.create_job(&thing_arn(&cloud, &thing).await, &image, json!({})).await;
+    let (mut device, job) = ScriptedDevice::with_job(&cloud, "expired", ProtocolName::Json, json!({})).await;
+    let thing = device.thing.clone();
     let (operation, first, reply_to) = download(&mut device).await;
     device.succeed(&operation, &reply_to, Step::DownloadStarted, "2.0.0").await;
     let expired =

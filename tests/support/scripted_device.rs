@@ -1,12 +1,14 @@
 //! A device of the firmware upgrade that says only what a test tells it to say, over its own connection.
 
-use crate::MqttDevice;
+use crate::{Cloud, MqttDevice};
 use device_simulator::DeviceSpec;
+use device_simulator::provision::ProtocolMix;
 use protocol::{
     Command, DeviceProtocol, OperationId, ProtocolName, Publication, ReceivedCommand, ReplyTo, Response, Step,
     StepOutcome, ThingName,
 };
 use rumqttc::QoS;
+use serde_json::Value;
 
 /// A connected device.
 pub struct ScriptedDevice {
@@ -22,6 +24,14 @@ impl ScriptedDevice {
         let mut connected = MqttDevice::connect(device, false).await;
         connected.subscribe(device.protocol.encoding().command_filter(&device.thing), QoS::AtLeastOnce).await;
         Self { thing: device.thing.clone(), protocol: device.protocol, device: connected }
+    }
+
+    /// A device alone in its group, connected, and a job of that group to version 2.0.0, whose payload has these fields besides.
+    pub async fn with_job(cloud: &Cloud, name: &str, protocol: ProtocolName, more: Value) -> (Self, String) {
+        let (group, devices) = cloud.provision(name, 1, ProtocolMix::All(protocol)).await;
+        let image = cloud.upload("2.0.0", 1000).await;
+        let device = Self::connect(&devices[0]).await;
+        (device, cloud.create_job(&group, &image, more).await)
     }
 
     /// The next command.
