@@ -17,15 +17,26 @@ use std::convert::Infallible;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::select;
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
-use tokio::time::{Instant, MissedTickBehavior, interval_at};
+use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep_until};
 use wire::Wire;
 
 const KEEP_ALIVE: Duration = Duration::from_secs(30);
 const FIRST_RETRY: Duration = Duration::from_millis(500);
 const LONGEST_RETRY: Duration = Duration::from_secs(30);
+/// How long the broker may take to acknowledge a subscription or a message. AWS IoT Core acknowledges nothing that it throttles, and
+/// keeps the connection (<https://docs.aws.amazon.com/general/latest/gr/iot-core.html#iot-protocol-limits>).
+const LONGEST_ANSWER: Duration = Duration::from_secs(30);
+/// A connection that was subscribed for so long was a good one: the wait before the next begins anew.
+const GOOD_CONNECTION: Duration = Duration::from_secs(30);
+/// After so many connections in a row that were not good ones the reason is looked for beyond the network.
+const MANY_CUT: u32 = 3;
+/// How often a message is sent without an answer before those behind it get their turn: AWS IoT Core cuts the connection of a client
+/// that publishes what its policy does not allow, and does not say why.
+const SENDS_IN_A_ROW: u32 = 3;
 /// The packet id of a connection's subscription.
 const SUBSCRIPTION: u16 = 1;
 /// Chooses the TLS implementation of this process. Every entry point calls it; only the first call counts.
@@ -227,8 +238,10 @@ struct Outbox(Mutex<Queued>);
 struct Queued {
     queue: VecDeque<(Publication, oneshot::Sender<()>)>,
     requests: Option<Requests>,
-    /// The packet id of the message that is on its way.
+    /// The packet id of the message that is on its way: the first.
     packet_id: u16,
+    /// How often it has been sent, over as many connections.
+    sends: u32,
     /// How long the device stays away once its connection is closed, when it closes it on purpose.
     away: Option<Duration>,
 }
@@ -265,14 +278,20 @@ impl Outbox {
     fn disconnected(&self) -> Option<Duration> {
         let mut queued = self.lock();
         queued.requests = None;
+        if queued.sends >= SENDS_IN_A_ROW && queued.queue.len() > 1 {
+            queued.queue.rotate_left(1);
+            queued.sends = 0;
+        }
         queued.away.take()
     }
 
-    /// The broker has a message; one that is not on its way does not count.
-    fn acknowledged_by(&self, packet_id: u16) {
-        if self.lock().packet_id == packet_id {
+    /// The broker has a message; false if that is not the one that is on its way.
+    fn acknowledged_by(&self, packet_id: u16) -> bool {
+        let is_current = self.lock().packet_id == packet_id;
+        if is_current {
             self.acknowledged();
         }
+        is_current
     }
 
     fn acknowledged(&self) {
@@ -281,6 +300,7 @@ impl Outbox {
             // Nobody waits for a message that was only posted.
             let _ = sender.send(());
         }
+        queued.sends = 0;
         queued.send_first();
     }
 }
@@ -288,11 +308,16 @@ impl Outbox {
 impl Queued {
     fn send_first(&mut self) {
         if let (Some(requests), Some((publication, _))) = (&self.requests, self.queue.front()) {
-            // Zero is no packet id, and one is the subscription's.
-            self.packet_id = self.packet_id.wrapping_add(1).max(SUBSCRIPTION + 1);
+            if self.sends == 0 {
+                // Zero is no packet id, and one is the subscription's.
+                self.packet_id = self.packet_id.wrapping_add(1).max(SUBSCRIPTION + 1);
+            }
             let mut publish = Publish::new(&publication.topic, QoS::AtLeastOnce, publication.payload.clone());
             publish.pkid = self.packet_id;
+            // MQTT 3.1.1, 4.4: what is sent again has its packet id again.
+            publish.dup = self.sends > 0;
             requests.send(Packet::Publish(publish));
+            self.sends += 1;
         }
     }
 }
@@ -303,24 +328,39 @@ async fn stay_connected(
     online: watch::Sender<bool>,
     deliveries: mpsc::UnboundedSender<Delivery>,
 ) {
-    let mut retry = FIRST_RETRY;
+    let (mut retry, mut cut) = (FIRST_RETRY, 0);
     loop {
-        let Err(error) = session(&settings, &outbox, &online, &deliveries).await;
+        let mut online_since = None;
+        let Err(error) = session(&settings, &outbox, &online, &deliveries, &mut online_since).await;
         let away = outbox.disconnected();
-        if online.send_replace(false) {
-            retry = FIRST_RETRY;
+        online.send_replace(false);
+        match online_since.map(|since: Instant| since.elapsed() >= GOOD_CONNECTION) {
+            Some(true) => (retry, cut) = (FIRST_RETRY, 0),
+            Some(false) => cut += 1,
+            None => cut = 0,
         }
         if let Some(away) = away {
+            cut = 0;
             tracing::info!("{}: connection closed, back in {away:?}", settings.client_id);
             tokio::time::sleep(away).await;
             continue;
         }
-        (settings.on_failure)(&format!("{} at {}: {error}", settings.client_id, settings.endpoint));
+        let client = &settings.client_id;
+        let suspicion = if cut < MANY_CUT { String::new() } else { suspicion(client, cut) };
+        (settings.on_failure)(&format!("{client} at {}: {error}{suspicion}", settings.endpoint));
         // Full jitter: a fleet that lost its broker must not come back as one.
-        let wait = rand::rng().random_range(retry / 2..retry);
+        let wait = rand::rng().random_range(Duration::ZERO..retry);
         tokio::time::sleep(wait).await;
         retry = (retry * 2).min(LONGEST_RETRY);
     }
+}
+
+/// What may be the matter when the broker lets a client in and soon cuts its connection, again and again. It does not say.
+fn suspicion(client: &str, cut: u32) -> String {
+    format!(
+        " ({cut} connections in a row were cut soon: does another client connect as {client}, or does this one publish what its \
+         policy does not allow?)"
+    )
 }
 
 /// One connection from handshake to loss. What was not acknowledged is in the outbox.
@@ -329,10 +369,30 @@ async fn session(
     outbox: &Outbox,
     online: &watch::Sender<bool>,
     deliveries: &mpsc::UnboundedSender<Delivery>,
+    online_since: &mut Option<Instant>,
 ) -> Result<Infallible, String> {
     // The semaphore is never closed.
-    let mut handshake = settings.handshakes.acquire().await.ok();
-    let mut wire = Wire::open(settings, KEEP_ALIVE).await?;
+    let handshake = settings.handshakes.acquire().await.ok();
+    let wire = Wire::open(settings, KEEP_ALIVE).await?;
+    converse(wire, settings, outbox, deliveries, || {
+        drop(handshake);
+        *online_since = Some(Instant::now());
+        online.send_replace(true);
+    })
+    .await
+}
+
+/// Subscribes, says when that is done, and carries messages both ways.
+async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
+    mut wire: Wire<S>,
+    settings: &ConnectionSettings,
+    outbox: &Outbox,
+    deliveries: &mpsc::UnboundedSender<Delivery>,
+    on_subscribed: impl FnOnce(),
+) -> Result<Infallible, String> {
+    let mut on_subscribed = Some(on_subscribed);
+    // What the broker has to acknowledge, and until when: the subscription, then one message after the other.
+    let mut awaited: Option<(&'static str, Instant)> = None;
     let (sender, mut requests) = mpsc::unbounded_channel();
     let sender = Requests(sender);
     sender.send(subscription(settings));
@@ -345,11 +405,15 @@ async fn session(
             packet = wire.read() => packet?,
             Some(packet) = requests.recv() => {
                 wire.write(&packet).await?;
-                if matches!(*packet, Packet::Disconnect) {
-                    return Err("the device has closed the connection".into());
+                match *packet {
+                    Packet::Disconnect => return Err("the device has closed the connection".into()),
+                    Packet::Subscribe(_) => awaited = Some(("the subscription", Instant::now() + LONGEST_ANSWER)),
+                    Packet::Publish(_) => awaited = Some(("a message", Instant::now() + LONGEST_ANSWER)),
+                    _ => {}
                 }
                 continue;
             }
+            what = overdue(awaited) => return Err(format!("the broker does not acknowledge {what}")),
             _ = keep_alive.tick() => {
                 if !std::mem::replace(&mut is_alive, false) {
                     return Err("the broker does not answer any more".into());
@@ -364,19 +428,28 @@ async fn session(
                 if let Some((filter, _)) = answers.find(|(_, code)| **code == SubscribeReasonCode::Failure) {
                     return Err(format!("the broker refused the subscription to {filter}"));
                 }
-                drop(handshake.take());
-                outbox.connected(&sender);
-                online.send_replace(true);
+                awaited = None;
+                if let Some(on_subscribed) = on_subscribed.take() {
+                    on_subscribed();
+                    outbox.connected(&sender);
+                }
             }
             Packet::Publish(publish) => {
                 // The device has gone when nobody receives; then this task ends with it.
                 let _ = deliveries.send(Delivery { publish: Box::new(publish), requests: sender.clone() });
             }
-            Packet::PubAck(ack) => outbox.acknowledged_by(ack.pkid),
+            Packet::PubAck(ack) if outbox.acknowledged_by(ack.pkid) => awaited = None,
             Packet::PingResp => is_alive = true,
             _ => {}
         }
     }
+}
+
+/// Returns when what is awaited has not come in time; never, if nothing is awaited.
+async fn overdue(awaited: Option<(&'static str, Instant)>) -> &'static str {
+    let Some((what, until)) = awaited else { return std::future::pending().await };
+    sleep_until(until).await;
+    what
 }
 
 fn subscription(settings: &ConnectionSettings) -> Packet {
@@ -401,5 +474,84 @@ mod tests {
         assert!(second.try_recv().is_err());
         outbox.acknowledged();
         assert!(second.try_recv().is_ok());
+    }
+
+    /// What the outbox has given to a connection.
+    fn sent(requests: &mut mpsc::UnboundedReceiver<Box<Packet>>) -> Vec<(String, u16, bool)> {
+        let mut sent = Vec::new();
+        while let Ok(packet) = requests.try_recv() {
+            if let Packet::Publish(publish) = *packet {
+                sent.push((publish.topic, publish.pkid, publish.dup));
+            }
+        }
+        sent
+    }
+
+    #[test]
+    fn what_is_sent_again_has_its_packet_id_again_and_blocks_nothing_for_ever() {
+        let outbox = Outbox::default();
+        let _receivers =
+            ["refused", "next"].map(|topic| outbox.push(Publication { topic: topic.into(), payload: vec![] }));
+        let (sender, mut requests) = mpsc::unbounded_channel();
+        let sender = Requests(sender);
+        for (topic, id, dup) in
+            [("refused", 2, false), ("refused", 2, true), ("refused", 2, true), ("next", 3, false), ("next", 3, true)]
+        {
+            outbox.connected(&sender);
+            assert_eq!(sent(&mut requests), [(topic.to_owned(), id, dup)]);
+            assert_eq!(outbox.disconnected(), None);
+        }
+        outbox.connected(&sender);
+        assert!(!outbox.acknowledged_by(2) && outbox.acknowledged_by(3));
+        assert_eq!(sent(&mut requests).last(), Some(&("refused".to_owned(), 4, false)));
+    }
+
+    fn settings() -> ConnectionSettings {
+        install_crypto_provider();
+        let tls = ClientConfig::builder().with_root_certificates(RootCertStore::empty()).with_no_client_auth();
+        ConnectionSettings {
+            client_id: "gateway-1".into(),
+            endpoint: "localhost".parse().unwrap(),
+            tls: Arc::new(tls),
+            clean_session: false,
+            filters: vec!["a/b".into()],
+            handshakes: Arc::new(Semaphore::new(1)),
+            on_failure: Box::new(|_| {}),
+        }
+    }
+
+    /// A broker that acknowledges what is asked of it, and every ping; with what the connection ends.
+    async fn end_with(acknowledged: &[&str]) -> (Duration, String) {
+        let (ours, theirs) = tokio::io::duplex(1 << 16);
+        let (outbox, (deliveries, _inbox)) = (Outbox::default(), mpsc::unbounded_channel());
+        let _acknowledged = outbox.push(Publication { topic: "a/c".into(), payload: vec![] });
+        let broker = async {
+            let mut wire = Wire::new(theirs);
+            while let Ok(packet) = wire.read().await {
+                let answer = match packet {
+                    Packet::Subscribe(_) if acknowledged.contains(&"subscription") => {
+                        let granted = vec![SubscribeReasonCode::Success(QoS::AtLeastOnce)];
+                        Packet::SubAck(rumqttc::SubAck::new(SUBSCRIPTION, granted))
+                    }
+                    Packet::PingReq => Packet::PingResp,
+                    _ => continue,
+                };
+                wire.write(&answer).await.unwrap();
+            }
+        };
+        let (began, settings) = (Instant::now(), settings());
+        let client = converse(Wire::new(ours), &settings, &outbox, &deliveries, || {});
+        let Err(end) = select! { end = client => end, () = broker => panic!("the broker has ended") };
+        (began.elapsed(), end)
+    }
+
+    /// Before, a client waited for ever, and was mute.
+    #[tokio::test(start_paused = true)]
+    async fn a_broker_that_acknowledges_nothing_is_left() {
+        for (acknowledged, what) in [(&[][..], "the subscription"), (&["subscription"], "a message")] {
+            let (after, end) = end_with(acknowledged).await;
+            assert_eq!(end, format!("the broker does not acknowledge {what}"));
+            assert!(after >= LONGEST_ANSWER && after < LONGEST_ANSWER + KEEP_ALIVE, "{after:?}");
+        }
     }
 }
