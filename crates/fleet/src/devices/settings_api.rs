@@ -55,8 +55,12 @@ impl SettingsApi {
     /// The API at an address that holds `{externalId}`; the secret's ARN names its key.
     pub(crate) fn new(config: &aws_config::SdkConfig, url: String, secret: Option<String>) -> Result<Self, String> {
         let local = ["http://127.0.0.1:", "http://localhost:"].iter().any(|prefix| url.starts_with(prefix));
-        if !url.contains(PLACEHOLDER) || !(local || url.starts_with("https://")) {
-            return Err(format!("SETTINGS_API_URL: got {url}, expected an https address that holds {PLACEHOLDER}"));
+        // A thing's attribute shall not choose who is asked, and gets the key.
+        let host = url.split("://").nth(1).and_then(|rest| rest.split(['/', '?', '#']).next()).unwrap_or_default();
+        let is_in_path = url.contains(PLACEHOLDER) && !host.contains(PLACEHOLDER);
+        if !is_in_path || !(local || url.starts_with("https://")) {
+            let expected = format!("an https address that holds {PLACEHOLDER} behind its host");
+            return Err(format!("SETTINGS_API_URL: got {url}, expected {expected}"));
         }
         let http = ureq::Agent::config_builder()
             .timeout_global(Some(REQUEST_TIMEOUT))
@@ -70,6 +74,10 @@ impl SettingsApi {
 
     /// The settings of a profile, as the API has them.
     pub(crate) async fn settings(&self, external_id: &str) -> Result<Value, Error> {
+        // In a path these are no names.
+        if [".", ".."].contains(&external_id) {
+            return Err(Error::invalid("externalId", external_id, "the name of a profile"));
+        }
         let url = self.url.replace(PLACEHOLDER, &utf8_percent_encode(external_id, ESCAPED).to_string());
         let begin = Instant::now();
         let (mut attempt, mut renewed) = (1, false);
@@ -197,15 +205,29 @@ mod tests {
         assert_eq!(retry_after(&Response::new(())), None);
     }
 
+    #[tokio::test]
+    async fn an_external_id_leads_nowhere_else() {
+        let config = aws_config::SdkConfig::builder().build();
+        let api = SettingsApi::new(&config, "http://127.0.0.1:1/{externalId}".to_owned(), None).unwrap();
+        for id in [".", ".."] {
+            let error = api.settings(id).await.unwrap_err();
+            assert_eq!((error.name, error.message.split(':').next()), (ErrorName::InvalidInput, Some("externalId")));
+        }
+    }
+
     #[test]
     fn an_address_is_https_and_holds_the_external_id() {
         let config = aws_config::SdkConfig::builder().build();
         let api = |url: &str| SettingsApi::new(&config, url.to_owned(), None).map(|_| ());
         assert_eq!(api("https://api.example.com/{externalId}"), Ok(()));
         assert_eq!(api("http://127.0.0.1:8081/{externalId}"), Ok(()));
-        for bad in
-            ["http://api.example.com/{externalId}", "https://api.example.com/", "http://127.0.0.1.example/{externalId}"]
-        {
+        for bad in [
+            "http://api.example.com/{externalId}",
+            "https://api.example.com/",
+            "http://127.0.0.1.example/{externalId}",
+            "https://{externalId}.example.com/{externalId}",
+            "https://me@{externalId}?q",
+        ] {
             assert!(api(bad).unwrap_err().contains(bad), "{bad}");
         }
     }
