@@ -50,11 +50,15 @@ impl MqttMessage {
             .map_err(|error| Error::new(ErrorName::MalformedMessage, format!("payload: {error}")))
     }
 
-    /// The thing that published it, if a device did. Others, such as people who try a workflow, publish with IAM credentials, whose
-    /// policy has let them.
+    /// The thing that published it, unless somebody with IAM credentials did, such as people who try a workflow: their policy has
+    /// let them. Who is neither (an identity of Amazon Cognito, whoever a custom authorizer lets in) is nobody: no thing has that
+    /// name.
     pub fn sender(&self) -> Option<&str> {
-        let is_device = self.principal.as_deref().is_none_or(is_certificate);
-        is_device.then(|| self.client_id.as_deref().unwrap_or("n/a"))
+        match self.principal.as_deref() {
+            Some(principal) if is_iam_identity(principal) => None,
+            Some(principal) if !is_certificate(principal) => Some(NOBODY),
+            _ => Some(self.client_id.as_deref().unwrap_or(NOBODY)),
+        }
     }
 
     /// When the broker got it, in Unix milliseconds.
@@ -84,6 +88,21 @@ impl MqttMessage {
     /// The payload as JSON.
     pub fn json<T: DeserializeOwned>(&self) -> Result<T, Error> {
         json(&self.topic, &self.payload()?)
+    }
+}
+
+/// What a topic rule calls a client that there is none of
+/// (<https://docs.aws.amazon.com/iot/latest/developerguide/iot-sql-functions.html#iot-function-clientid>). No thing's name has a
+/// slash.
+const NOBODY: &str = "n/a";
+
+/// A user's unique id, or a role's with the name of its session
+/// (<https://docs.aws.amazon.com/IAM/latest/UserGuide/reference_identifiers.html#identifiers-unique-ids>).
+fn is_iam_identity(principal: &str) -> bool {
+    let is_id = |id: &str| id.len() == 21 && id.bytes().all(|byte| byte.is_ascii_uppercase() || byte.is_ascii_digit());
+    match principal.split_once(':') {
+        None => principal.starts_with("AIDA") && is_id(principal),
+        Some((role, session)) => role.starts_with("AROA") && is_id(role) && !session.is_empty(),
     }
 }
 
@@ -219,6 +238,11 @@ mod tests {
             (None, None, false),
             (Some("n/a"), Some("AIDACKCEVSQ6C2EXAMPLE"), true),
             (Some("iotconsole-1"), Some("AROADBQP57FF2AEXAMPLE:me"), true),
+            // Of Amazon Cognito, or let in by a custom authorizer, whatever name they connect under.
+            (Some("gateway-1"), Some("eu-west-1:9d0e2a0c-0000-4000-8000-000000000000"), false),
+            (Some("gateway-1"), Some("AROA"), false),
+            (Some("gateway-1"), Some("somebody"), false),
+            (Some("gateway-1"), Some("AIDACKCEVSQ6C2EXAMPLE:me"), false),
         ];
         for (client, principal, allowed) in cases {
             let message = serde_json::json!({
