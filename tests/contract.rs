@@ -204,12 +204,9 @@ fn every_task_has_a_deadline_and_a_catch() {
                 continue;
             }
             assert!(state.get("TimeoutSeconds").is_some(), "{file}: {name} has no deadline");
-            // The last report of a good end has nothing left to catch for: its failure is the execution's.
-            if state.get("End").is_none() {
-                let catches = state["Catch"].as_array().unwrap_or_else(|| panic!("{file}: {name} has no catch"));
-                let last = catches.last().expect("a catcher");
-                assert_eq!(last["ErrorEquals"], serde_json::json!(["States.ALL"]), "{file}: {name}");
-            }
+            let catches = state["Catch"].as_array().unwrap_or_else(|| panic!("{file}: {name} has no catch"));
+            let last = catches.last().expect("a catcher");
+            assert_eq!(last["ErrorEquals"], serde_json::json!(["States.ALL"]), "{file}: {name}");
         }
     }
 }
@@ -403,6 +400,15 @@ fn a_batch_of_readings_is_taken_over_only_from_a_call_that_has_ended() {
     let visibility = template["Resources"]["TelemetryQueue"]["Properties"]["VisibilityTimeout"].as_i64();
     let window = template["Parameters"]["TelemetryWindowSeconds"]["MaxValue"].as_i64();
     assert!(visibility.expect("VisibilityTimeout") >= 6 * timeout + window.expect("MaxValue"));
+}
+
+/// A call that hangs fails before its function is ended.
+#[test]
+fn no_call_takes_as_long_as_a_function_may_run() {
+    let timeouts = resources("AWS::Serverless::Function");
+    let own = timeouts.values().filter_map(|function| function["Properties"]["Timeout"].as_u64());
+    let shortest = own.chain(template()["Globals"]["Function"]["Timeout"].as_u64()).min().expect("a time limit");
+    assert!(fleet::aws::LONGEST_CALL.as_secs() < shortest);
 }
 
 /// A dashboard that CloudWatch cannot read is deployed all the same, and is empty.

@@ -1,6 +1,7 @@
 //! AWS configuration and values, once for every binary.
 
 use crate::{Error, config, error};
+use aws_config::timeout::TimeoutConfig;
 use aws_config::{BehaviorVersion, SdkConfig};
 use aws_sdk_dynamodb::types::AttributeValue;
 use aws_sdk_iotdataplane::primitives::Blob;
@@ -9,15 +10,25 @@ use aws_smithy_http_client::{
     tls::{Provider, TlsContext, TrustStore, rustls_provider::CryptoMode},
 };
 use protocol::Publication;
+use std::time::Duration;
 
 /// The authorities that sign the certificates of AWS services (<https://www.amazontrust.com/repository/>).
 const AMAZON_ROOTS: &[u8] = include_bytes!("amazon-roots.pem");
 
+/// How long a call may take in all: less than a function may run.
+pub const LONGEST_CALL: Duration = Duration::from_secs(8);
+/// How long each of its attempts may.
+const LONGEST_ATTEMPT: Duration = Duration::from_secs(5);
+/// How long it may take to connect.
+const LONGEST_CONNECT: Duration = Duration::from_secs(2);
+
 /// The configuration of a Lambda function: Region, credentials and endpoints from its environment.
 pub async fn load() -> SdkConfig {
     let https = Builder::new().tls_provider(Provider::Rustls(CryptoMode::Ring)).tls_context(tls()).build_https();
+    let defaults = aws_config::defaults(BehaviorVersion::latest()).http_client(https);
+    let limits = TimeoutConfig::builder().connect_timeout(LONGEST_CONNECT).operation_timeout(LONGEST_CALL);
     // Boxed, for it is large, and part of every function's first step.
-    Box::pin(aws_config::defaults(BehaviorVersion::latest()).http_client(https).load()).await
+    Box::pin(defaults.timeout_config(limits.operation_attempt_timeout(LONGEST_ATTEMPT).build()).load()).await
 }
 
 /// Whose certificates are believed. The system's authorities, of whom there are hundreds, took most of a function's start to read;

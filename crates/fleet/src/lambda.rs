@@ -10,13 +10,16 @@ use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
 use serde_json::value::RawValue;
 use std::future::Future;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 /// The largest payload that one state or one person may send, in bytes. States pass on a quarter of that; escapes make it longer.
 pub const MAX_INPUT_BYTES: usize = 1024 * 1024;
 /// The largest batch of a queue or a stream, in bytes: what Lambda itself allows
 /// (<https://docs.aws.amazon.com/lambda/latest/dg/gettingstarted-limits.html>).
 pub const MAX_BATCH_BYTES: usize = 6 * 1024 * 1024;
+
+/// What a call needs, before the function's time limit ends it, to say what has become of its batch.
+const ANSWER_NEEDS: Duration = Duration::from_secs(1);
 
 /// What a function reaches, built once for the process. If that fails, the function answers every event with
 /// [`ErrorName::Misconfigured`]. If it ended instead, its caller would only learn that it ended, and `cargo lambda invoke` would wait
@@ -99,10 +102,20 @@ where
     F: Future<Output = Result<(), Error>>,
 {
     let handler = &handler;
-    run_batches(dead_letters, move |messages, _| async move {
-        join_all(messages.iter().map(|message| handler(message.body.clone()))).await
+    run_batches(dead_letters, move |messages, deadline| async move {
+        join_all(messages.iter().map(|message| in_time(deadline, handler(message.body.clone())))).await
     })
     .await
+}
+
+/// A message that is not handled in time fails alone: the queue delivers it again. If the function were ended, all of its batch
+/// would wait for that.
+async fn in_time(deadline: SystemTime, handling: impl Future<Output = Result<(), Error>>) -> Result<(), Error> {
+    let left = deadline.duration_since(SystemTime::now()).unwrap_or_default().saturating_sub(ANSWER_NEEDS);
+    tokio::time::timeout(left, handling).await.unwrap_or_else(|_| {
+        let message = format!("not done {} s before the time limit: left to the next call", ANSWER_NEEDS.as_secs());
+        Err(Error::new(ErrorName::ServiceUnavailable, message))
+    })
 }
 
 /// A message of a queue.
@@ -198,6 +211,15 @@ mod tests {
         }
         let error = decode::<Input>(&deep, 100).unwrap_err();
         assert!(error.name == ErrorName::InvalidInput && error.message.contains("nested deeper"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_message_that_hangs_takes_no_other_along() {
+        let deadline = SystemTime::now() + ANSWER_NEEDS + Duration::from_millis(50);
+        let (hangs, done) =
+            tokio::join!(in_time(deadline, std::future::pending()), in_time(deadline, async { Ok(()) }));
+        assert!(hangs.unwrap_err().name.is_transient());
+        assert_eq!(done, Ok(()));
     }
 
     /// The runtime hands payloads over as the text that they are, whatever is in them.

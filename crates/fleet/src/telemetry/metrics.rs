@@ -2,8 +2,10 @@
 
 use super::readings::Sample;
 use crate::Error;
+use crate::aws::LONGEST_CALL;
 use crate::error::aws;
 use aws_sdk_cloudwatch::Client;
+use aws_sdk_cloudwatch::config::timeout::TimeoutConfig;
 use aws_sdk_cloudwatch::primitives::DateTime;
 use aws_sdk_cloudwatch::types::{Dimension, MetricDatum, StandardUnit};
 use std::collections::BTreeMap;
@@ -42,7 +44,10 @@ struct Series {
 
 impl Metrics {
     pub(crate) fn new(config: &aws_config::SdkConfig) -> Self {
-        Self { client: Client::new(config) }
+        // An attempt that is given up may have added them: it is not made again before it has failed.
+        let limits = TimeoutConfig::builder().disable_operation_attempt_timeout().operation_timeout(LONGEST_CALL);
+        let config = aws_sdk_cloudwatch::config::Builder::from(config).timeout_config(limits.build());
+        Self { client: Client::from_conf(config.build()) }
     }
 
     /// Adds readings to the metrics `Temperature` and `Humidity`; returns with how many calls. Those that CloudWatch is too
