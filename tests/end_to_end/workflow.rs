@@ -59,7 +59,11 @@ async fn go(
     let entered = states(cloud, &ended).await;
     let found = match &path.end {
         Ok(expected) => ended.output.pointer(outcome).is_some_and(|value| value == *expected),
-        Err((name, cause)) => ended.error.0 == *name && ended.error.1.contains(cause),
+        // A sentence, also where AWS has passed on what a function said.
+        Err((name, cause)) => {
+            let (error, said) = &ended.error;
+            error == name && said.contains(cause) && !said.contains("\"errorMessage\"")
+        }
     };
     if found && entered == path.states {
         return Ok(());
@@ -304,6 +308,20 @@ async fn every_way_through_a_firmware_upgrade() {
         let cause = if state == "DispatchDownload" { "sent three times over json, the default" } else { "device" };
         paths.push(one(state, vec![error(late, "")], failed_at(state, asked), Err(("DeviceTimedOut", cause))));
     }
+    // Whatever else ends a wait, a device that may have the command is told that nobody waits for it any more.
+    for state in WAITS {
+        let states = failed_at(state, state != "AwaitOnline");
+        let gone = "Lambda.ResourceNotFoundException";
+        let end = Err(("ServiceError", "Lambda.ResourceNotFoundException: no such function"));
+        paths.push(one(state, vec![error(gone, "no such function")], states.clone(), end));
+        let end = Err(("InvalidInput", "what the function said"));
+        paths.push(one(state, vec![function_error("InvalidInput")], states, end));
+    }
+    // A good end that cannot be reported is told by Step Functions.
+    let unreported = [&whole[..], &["UpgradeFailed"]].concat();
+    let end =
+        Err(("Upgraded", "the upgrade has succeeded, which could not be reported: SNS.NotFoundException: no topic"));
+    paths.push(one("ReportSuccess", vec![error("SNS.NotFoundException", "no topic")], unreported, end));
     // An address that has expired is signed again; one that does not become good ends the workflow, and the device is told.
     let expired = error("AddressExpired", "status 403");
     paths.push(one("AwaitTransfer", vec![expired, result(&json!({}))], whole.clone(), Ok("Upgraded")));

@@ -73,17 +73,19 @@ pub enum ErrorName {
     Misconfigured,
     /// The workflow was stopped by hand or by the limit of its whole duration, and could not report.
     WorkflowStopped,
+    /// An AWS API refused the request itself, such as for a value: sent again it is refused again.
+    RequestRefused,
     /// An AWS API refused for its rate: try again later.
     Throttled,
     /// An AWS API did not answer, or with an error of its own: try again later.
     ServiceUnavailable,
-    /// An AWS API refused for good: a missing permission, a missing resource, a bad request.
+    /// An AWS API refused until somebody mends something: a missing permission, a missing resource.
     ServiceError,
 }
 
 impl ErrorName {
     /// Every name.
-    pub const ALL: [Self; 34] = [
+    pub const ALL: [Self; 35] = [
         Self::InvalidInput,
         Self::MalformedMessage,
         Self::MessageTooLarge,
@@ -115,6 +117,7 @@ impl ErrorName {
         Self::JobTimedOut,
         Self::Misconfigured,
         Self::WorkflowStopped,
+        Self::RequestRefused,
         Self::Throttled,
         Self::ServiceUnavailable,
         Self::ServiceError,
@@ -154,6 +157,7 @@ impl ErrorName {
             Self::JobTimedOut => "JobTimedOut",
             Self::Misconfigured => "Misconfigured",
             Self::WorkflowStopped => "WorkflowStopped",
+            Self::RequestRefused => "RequestRefused",
             Self::Throttled => "Throttled",
             Self::ServiceUnavailable => "ServiceUnavailable",
             Self::ServiceError => "ServiceError",
@@ -282,6 +286,21 @@ where
         | "InternalException"
         | "ServiceUnavailableException"
         | "ServiceUnavailable" => ErrorName::ServiceUnavailable,
+        // What the services that are called here say of a malformed request or value.
+        "ValidationException"
+        | "ValidationError"
+        | "InvalidRequestException"
+        | "InvalidParameter"
+        | "InvalidParameterException"
+        | "InvalidParameterValue"
+        | "InvalidParameterValueException"
+        | "InvalidParameterCombination"
+        | "InvalidArgument"
+        | "InvalidMessageContents"
+        | "InvalidExecutionInput"
+        | "InvalidName"
+        | "InvalidOutput"
+        | "SerializationException" => ErrorName::RequestRefused,
         // Whatever it is called: the answer to a HEAD request has no body that could say it.
         _ if error.raw_response().is_some_and(|response| response.status().is_server_error()) => {
             ErrorName::ServiceUnavailable
@@ -300,6 +319,25 @@ mod tests {
         for name in ErrorName::ALL {
             assert_eq!(serde_json::to_value(name).unwrap(), name.as_str());
             assert_eq!(Diagnostic::from(Error::new(name, "why")).error_type, name.as_str());
+        }
+    }
+
+    /// A value that a table does not take is not taken an hour later either; a permission may be there by then.
+    #[test]
+    fn a_request_that_is_refused_for_what_it_says_is_told_from_one_that_may_pass() {
+        use aws_sdk_dynamodb::{error::ErrorMetadata, operation::update_item::UpdateItemError};
+        use aws_sdk_s3::primitives::SdkBody;
+        for (code, name) in [
+            ("ValidationException", ErrorName::RequestRefused),
+            ("AccessDeniedException", ErrorName::ServiceError),
+            ("ResourceNotFoundException", ErrorName::ServiceError),
+            ("ThrottlingException", ErrorName::Throttled),
+            ("InternalServerError", ErrorName::ServiceUnavailable),
+        ] {
+            let response = HttpResponse::new(400.try_into().unwrap(), SdkBody::empty());
+            let error = UpdateItemError::generic(ErrorMetadata::builder().code(code).build());
+            let error = aws("dynamodb:UpdateItem", &SdkError::service_error(error, response));
+            assert_eq!((error.name, error.name.is_transient()), (name, code != "ValidationException"), "{code}");
         }
     }
 

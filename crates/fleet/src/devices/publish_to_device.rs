@@ -329,7 +329,7 @@ mod tests {
     #[tokio::test]
     async fn an_address_that_has_expired_is_signed_anew_if_it_can_be() {
         for (artifact, commands) in [
-            (serde_json::json!({"key": "k"}), vec!["DOWNLOAD_FIRMWARE"]),
+            (serde_json::json!({"key": "k", "versionId": "v1"}), vec!["versionId=v1"]),
             (serde_json::json!({"url": "https://example.com/k"}), vec!["CANCEL_DOWNLOAD", "TransferFailed"]),
         ] {
             let command = serde_json::json!({

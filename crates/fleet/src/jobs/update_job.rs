@@ -15,7 +15,8 @@ use std::collections::HashMap;
 /// The outcome of an update of a job execution that has ended already.
 const LATE: &str = "LATE";
 
-/// Why nothing had to be done: `IsUpgradeNeeded` in the state machine.
+/// The good ends of the state machine (`IsUpgradeNeeded`). Of the second one nothing had to be done.
+const UPGRADED: &str = "Upgraded";
 const ALREADY_AT_TARGET: &str = "AlreadyAtTarget";
 
 /// What the handler reaches.
@@ -138,8 +139,10 @@ fn read(body: &str) -> Result<UpgradeEvent, Error> {
     let detail = ended.detail;
     let input: UpgradeInput = json("execution input", detail.input.as_bytes())?;
     let cause = detail.cause.unwrap_or_else(|| format!("the execution of the state machine is {}", detail.status));
+    // `ReportSuccess` could not tell.
+    let has_succeeded = detail.error.as_deref().is_some_and(|error| [UPGRADED, ALREADY_AT_TARGET].contains(&error));
     Ok(UpgradeEvent {
-        event_type: EventType::FirmwareUpgradeFail,
+        event_type: if has_succeeded { EventType::FirmwareUpgradeSuccess } else { EventType::FirmwareUpgradeFail },
         thing_name: input.thing_name,
         job_id: input.job_id,
         execution_number: input.execution_number,
@@ -250,6 +253,15 @@ mod tests {
         assert_eq!(event.cause.as_deref(), Some("the execution of the state machine is ABORTED"));
         assert_eq!(event.execution_number, 2);
         assert_eq!(update(&event), Some(Update { status: JobExecutionStatus::Failed, timer: None }));
+        // A good end that the workflow could not report.
+        for end in ["Upgraded", "AlreadyAtTarget"] {
+            let body = body
+                .to_string()
+                .replace("ABORTED", "FAILED")
+                .replace(r#""error":null"#, &format!(r#""error":"{end}""#));
+            let event = read(&body).unwrap();
+            assert_eq!((event.event_type, event.reason.as_deref()), (EventType::FirmwareUpgradeSuccess, Some(end)));
+        }
     }
 
     type Updates = std::sync::Arc<std::sync::Mutex<Vec<String>>>;
