@@ -286,6 +286,8 @@ where
         | "InternalException"
         | "ServiceUnavailableException"
         | "ServiceUnavailable" => ErrorName::ServiceUnavailable,
+        // Of a secret that is about to be deleted: an operator can mend that.
+        "InvalidRequestException" if action.starts_with("secretsmanager:") => ErrorName::ServiceError,
         // What the services that are called here say of a malformed request or value.
         "ValidationException"
         | "ValidationError"

@@ -5,7 +5,7 @@ use crate::{Error, ErrorName};
 use aws_lambda_events::event::sqs::SqsMessage;
 pub use aws_lambda_events::event::sqs::{SqsBatchResponse, SqsEvent};
 use futures_util::future::join_all;
-use lambda_runtime::{LambdaEvent, service_fn, tracing::init_default_subscriber};
+use lambda_runtime::{Context, LambdaEvent, service_fn, tracing::init_default_subscriber};
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
 use serde_json::value::RawValue;
@@ -18,6 +18,8 @@ pub const MAX_INPUT_BYTES: usize = 1024 * 1024;
 /// (<https://docs.aws.amazon.com/lambda/latest/dg/gettingstarted-limits.html>).
 pub const MAX_BATCH_BYTES: usize = 6 * 1024 * 1024;
 
+/// How long a call may take where nobody says it.
+const LONGEST_LOCAL_CALL: Duration = Duration::from_mins(1);
 /// What a call needs, before the function's time limit ends it, to say what has become of its batch.
 const ANSWER_NEEDS: Duration = Duration::from_secs(1);
 
@@ -43,7 +45,7 @@ where
     O: Serialize,
     F: Future<Output = Result<O, Error>>,
 {
-    serve(MAX_INPUT_BYTES, |input, _| handler(input)).await
+    serve(MAX_INPUT_BYTES, |input, deadline| in_time(deadline, handler(input))).await
 }
 
 /// The same for a function that is invoked with a batch of a stream.
@@ -53,7 +55,7 @@ where
     O: Serialize,
     F: Future<Output = Result<O, Error>>,
 {
-    serve(MAX_BATCH_BYTES, |input, _| handler(input)).await
+    serve(MAX_BATCH_BYTES, |input, deadline| in_time(deadline, handler(input))).await
 }
 
 async fn serve<I, O, F>(max_bytes: usize, handler: impl Fn(I, SystemTime) -> F) -> Result<(), lambda_runtime::Error>
@@ -68,9 +70,15 @@ where
     lambda_runtime::run(service_fn(move |event: LambdaEvent<Box<RawValue>>| async move {
         let input = decode(event.payload.get(), max_bytes)?;
         // Boxed, for the compiler loses count of the calls below. An error is logged by the runtime.
-        Box::pin(handler(input, event.context.deadline())).await
+        Box::pin(handler(input, deadline(&event.context))).await
     }))
     .await
+}
+
+/// When the call is ended. `cargo lambda watch` names a time long past.
+fn deadline(context: &Context) -> SystemTime {
+    let now = SystemTime::now();
+    if context.deadline() > now { context.deadline() } else { now + LONGEST_LOCAL_CALL }
 }
 
 /// Reads a payload, unless it is too large or too deep; the error says at which field it went wrong.
@@ -102,15 +110,23 @@ where
     F: Future<Output = Result<(), Error>>,
 {
     let handler = &handler;
-    run_batches(dead_letters, move |messages, deadline| async move {
-        join_all(messages.iter().map(|message| in_time(deadline, handler(message.body.clone())))).await
-    })
-    .await
+    run_batches(dead_letters, move |messages, deadline| one_by_one(handler, messages, deadline)).await
 }
 
-/// A message that is not handled in time fails alone: the queue delivers it again. If the function were ended, all of its batch
-/// would wait for that.
-async fn in_time(deadline: SystemTime, handling: impl Future<Output = Result<(), Error>>) -> Result<(), Error> {
+/// Handles the messages of a batch at the same time. One that hangs fails alone, and the queue delivers it again.
+async fn one_by_one<F>(
+    handler: &impl Fn(String) -> F,
+    messages: Vec<QueuedMessage>,
+    deadline: SystemTime,
+) -> Vec<Result<(), Error>>
+where
+    F: Future<Output = Result<(), Error>>,
+{
+    join_all(messages.into_iter().map(|message| in_time(deadline, handler(message.body)))).await
+}
+
+/// Fails with a transient error shortly before the deadline: a function that is ended says nothing, and takes its batch along.
+async fn in_time<T>(deadline: SystemTime, handling: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
     let left = deadline.duration_since(SystemTime::now()).unwrap_or_default().saturating_sub(ANSWER_NEEDS);
     tokio::time::timeout(left, handling).await.unwrap_or_else(|_| {
         let message = format!("not done {} s before the time limit: left to the next call", ANSWER_NEEDS.as_secs());
@@ -216,10 +232,19 @@ mod tests {
     #[tokio::test]
     async fn a_message_that_hangs_takes_no_other_along() {
         let deadline = SystemTime::now() + ANSWER_NEEDS + Duration::from_millis(50);
-        let (hangs, done) =
-            tokio::join!(in_time(deadline, std::future::pending()), in_time(deadline, async { Ok(()) }));
-        assert!(hangs.unwrap_err().name.is_transient());
-        assert_eq!(done, Ok(()));
+        let message = |body: &str| QueuedMessage { id: body.to_owned(), body: body.to_owned() };
+        let handler = async |body: String| if body == "hangs" { std::future::pending().await } else { Ok(()) };
+        let results = one_by_one(&handler, vec![message("hangs"), message("is handled")], deadline).await;
+        let names: Vec<_> = results.into_iter().map(|result| result.map_err(|error| error.name)).collect();
+        assert_eq!(names, [Err(ErrorName::ServiceUnavailable), Ok(())]);
+    }
+
+    #[test]
+    fn a_deadline_that_is_long_past_is_none() {
+        let mut context = Context::default();
+        assert!(deadline(&context) > SystemTime::now());
+        context.deadline = u64::try_from(crate::aws::now_millis()).unwrap() + 5_000;
+        assert_eq!(deadline(&context), context.deadline());
     }
 
     /// The runtime hands payloads over as the text that they are, whatever is in them.

@@ -96,12 +96,13 @@ impl MqttMessage {
 /// slash.
 const NOBODY: &str = "n/a";
 
-/// A user's unique id, or a role's with the name of its session
-/// (<https://docs.aws.amazon.com/IAM/latest/UserGuide/reference_identifiers.html#identifiers-unique-ids>).
+/// The account of its root user, a user's unique id, or a role's with the name of its session: what `aws:userid` is
+/// (<https://docs.aws.amazon.com/IAM/latest/UserGuide/reference_policies_variables.html#principaltable>).
 fn is_iam_identity(principal: &str) -> bool {
-    let is_id = |id: &str| id.len() == 21 && id.bytes().all(|byte| byte.is_ascii_uppercase() || byte.is_ascii_digit());
+    let is_id = |id: &str| id.len() >= 16 && id.bytes().all(|byte| byte.is_ascii_uppercase() || byte.is_ascii_digit());
+    let is_account = |id: &str| id.len() == 12 && id.bytes().all(|byte| byte.is_ascii_digit());
     match principal.split_once(':') {
-        None => principal.starts_with("AIDA") && is_id(principal),
+        None => is_account(principal) || principal.starts_with("AIDA") && is_id(principal),
         Some((role, session)) => role.starts_with("AROA") && is_id(role) && !session.is_empty(),
     }
 }
@@ -238,6 +239,7 @@ mod tests {
             (None, None, false),
             (Some("n/a"), Some("AIDACKCEVSQ6C2EXAMPLE"), true),
             (Some("iotconsole-1"), Some("AROADBQP57FF2AEXAMPLE:me"), true),
+            (Some("iotconsole-1"), Some("123456789012"), true),
             // Of Amazon Cognito, or let in by a custom authorizer, whatever name they connect under.
             (Some("gateway-1"), Some("eu-west-1:9d0e2a0c-0000-4000-8000-000000000000"), false),
             (Some("gateway-1"), Some("AROA"), false),

@@ -30,8 +30,9 @@ const LONGEST_RETRY: Duration = Duration::from_secs(30);
 /// How long the broker may take to acknowledge a subscription or a message. AWS IoT Core acknowledges nothing that it throttles, and
 /// keeps the connection (<https://docs.aws.amazon.com/general/latest/gr/iot-core.html#iot-protocol-limits>).
 const LONGEST_ANSWER: Duration = Duration::from_secs(30);
-/// A connection that was subscribed for so long was a good one: the wait before the next begins anew.
-const GOOD_CONNECTION: Duration = Duration::from_secs(30);
+/// A connection that was subscribed for so long was a good one: the wait before the next begins anew. One on which nothing was
+/// acknowledged ends before.
+const GOOD_CONNECTION: Duration = LONGEST_ANSWER.saturating_mul(2);
 /// After so many connections in a row that were not good ones the reason is looked for beyond the network.
 const MANY_CUT: u32 = 3;
 /// How often a message is sent without an answer before those behind it get their turn: AWS IoT Core cuts the connection of a client
@@ -202,7 +203,7 @@ impl Connection {
     #[cfg(feature = "test-util")]
     pub async fn acknowledge_next(&self) -> Publication {
         loop {
-            let next = self.outbox.lock().queue.front().map(|(publication, _)| publication.clone());
+            let next = self.outbox.lock().queue.front().map(|first| first.publication.clone());
             if let Some(publication) = next {
                 self.outbox.acknowledged();
                 return publication;
@@ -229,21 +230,28 @@ impl Requests {
     }
 }
 
-/// Messages that the broker has not acknowledged. Only the first is on its way, so that order is kept and
-/// every acknowledgement is for that one.
+/// Messages that the broker has not acknowledged. Only the first is on its way, so that order is kept, unless the broker does not
+/// take it, and every acknowledgement is for that one.
 #[derive(Default)]
 struct Outbox(Mutex<Queued>);
 
 #[derive(Default)]
 struct Queued {
-    queue: VecDeque<(Publication, oneshot::Sender<()>)>,
+    queue: VecDeque<Message>,
     requests: Option<Requests>,
-    /// The packet id of the message that is on its way: the first.
-    packet_id: u16,
-    /// How often it has been sent, over as many connections.
-    sends: u32,
+    /// The packet id that was given last.
+    last_packet_id: u16,
     /// How long the device stays away once its connection is closed, when it closes it on purpose.
     away: Option<Duration>,
+}
+
+struct Message {
+    publication: Publication,
+    acknowledged: oneshot::Sender<()>,
+    /// None before it is sent for the first time.
+    packet_id: Option<u16>,
+    /// How often it has been sent, over as many connections, since others had their turn.
+    sends: u32,
 }
 
 impl Outbox {
@@ -254,7 +262,7 @@ impl Outbox {
     fn push(&self, publication: Publication) -> oneshot::Receiver<()> {
         let (acknowledged, receiver) = oneshot::channel();
         let mut queued = self.lock();
-        queued.queue.push_back((publication, acknowledged));
+        queued.queue.push_back(Message { publication, acknowledged, packet_id: None, sends: 0 });
         if queued.queue.len() == 1 {
             queued.send_first();
         }
@@ -278,16 +286,20 @@ impl Outbox {
     fn disconnected(&self) -> Option<Duration> {
         let mut queued = self.lock();
         queued.requests = None;
-        if queued.sends >= SENDS_IN_A_ROW && queued.queue.len() > 1 {
+        if queued.queue.len() > 1 && queued.queue[0].sends >= SENDS_IN_A_ROW {
+            let topic = &queued.queue[0].publication.topic;
+            tracing::warn!(
+                "{topic}: a message sent over {SENDS_IN_A_ROW} connections is not acknowledged: others go first"
+            );
+            queued.queue[0].sends = 0;
             queued.queue.rotate_left(1);
-            queued.sends = 0;
         }
         queued.away.take()
     }
 
     /// The broker has a message; false if that is not the one that is on its way.
     fn acknowledged_by(&self, packet_id: u16) -> bool {
-        let is_current = self.lock().packet_id == packet_id;
+        let is_current = self.lock().queue.front().is_some_and(|first| first.packet_id == Some(packet_id));
         if is_current {
             self.acknowledged();
         }
@@ -296,29 +308,27 @@ impl Outbox {
 
     fn acknowledged(&self) {
         let mut queued = self.lock();
-        if let Some((_, sender)) = queued.queue.pop_front() {
+        if let Some(first) = queued.queue.pop_front() {
             // Nobody waits for a message that was only posted.
-            let _ = sender.send(());
+            let _ = first.acknowledged.send(());
         }
-        queued.sends = 0;
         queued.send_first();
     }
 }
 
 impl Queued {
     fn send_first(&mut self) {
-        if let (Some(requests), Some((publication, _))) = (&self.requests, self.queue.front()) {
-            if self.sends == 0 {
-                // Zero is no packet id, and one is the subscription's.
-                self.packet_id = self.packet_id.wrapping_add(1).max(SUBSCRIPTION + 1);
-            }
-            let mut publish = Publish::new(&publication.topic, QoS::AtLeastOnce, publication.payload.clone());
-            publish.pkid = self.packet_id;
-            // MQTT 3.1.1, 4.4: what is sent again has its packet id again.
-            publish.dup = self.sends > 0;
-            requests.send(Packet::Publish(publish));
-            self.sends += 1;
-        }
+        let (Some(requests), Some(first)) = (&self.requests, self.queue.front_mut()) else { return };
+        let mut publish = Publish::new(&first.publication.topic, QoS::AtLeastOnce, first.publication.payload.clone());
+        // What is sent again has its packet id again (MQTT 3.1.1, 4.4).
+        publish.dup = first.packet_id.is_some();
+        publish.pkid = *first.packet_id.get_or_insert_with(|| {
+            // Zero is no packet id, and one is the subscription's.
+            self.last_packet_id = self.last_packet_id.wrapping_add(1).max(SUBSCRIPTION + 1);
+            self.last_packet_id
+        });
+        first.sends += 1;
+        requests.send(Packet::Publish(publish));
     }
 }
 
@@ -374,8 +384,8 @@ async fn session(
     // The semaphore is never closed.
     let handshake = settings.handshakes.acquire().await.ok();
     let wire = Wire::open(settings, KEEP_ALIVE).await?;
+    drop(handshake);
     converse(wire, settings, outbox, deliveries, || {
-        drop(handshake);
         *online_since = Some(Instant::now());
         online.send_replace(true);
     })
@@ -503,7 +513,7 @@ mod tests {
         }
         outbox.connected(&sender);
         assert!(!outbox.acknowledged_by(2) && outbox.acknowledged_by(3));
-        assert_eq!(sent(&mut requests).last(), Some(&("refused".to_owned(), 4, false)));
+        assert_eq!(sent(&mut requests).last(), Some(&("refused".to_owned(), 2, true)));
     }
 
     fn settings() -> ConnectionSettings {

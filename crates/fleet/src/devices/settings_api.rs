@@ -56,8 +56,9 @@ impl SettingsApi {
     pub(crate) fn new(config: &aws_config::SdkConfig, url: String, secret: Option<String>) -> Result<Self, String> {
         let local = ["http://127.0.0.1:", "http://localhost:"].iter().any(|prefix| url.starts_with(prefix));
         // A thing's attribute shall not choose who is asked, and gets the key.
-        let host = url.split("://").nth(1).and_then(|rest| rest.split(['/', '?', '#']).next()).unwrap_or_default();
-        let is_in_path = url.contains(PLACEHOLDER) && !host.contains(PLACEHOLDER);
+        let host = url.split("://").nth(1).and_then(|rest| rest.split(['/', '?']).next()).unwrap_or_default();
+        let is_in_path =
+            url.contains(PLACEHOLDER) && !host.contains(PLACEHOLDER) && !host.contains('@') && !url.contains('#');
         if !is_in_path || !(local || url.starts_with("https://")) {
             let expected = format!("an https address that holds {PLACEHOLDER} behind its host");
             return Err(format!("SETTINGS_API_URL: got {url}, expected {expected}"));
@@ -227,6 +228,8 @@ mod tests {
             "http://127.0.0.1.example/{externalId}",
             "https://{externalId}.example.com/{externalId}",
             "https://me@{externalId}?q",
+            "http://localhost:80@example.com/{externalId}",
+            "https://api.example.com#{externalId}",
         ] {
             assert!(api(bad).unwrap_err().contains(bad), "{bad}");
         }

@@ -27,9 +27,9 @@ pub const LONGEST_CALL: i64 = 15_000;
 /// How often it is tried to note that a batch is finished.
 const FINISHES: usize = 3;
 /// What a call needs, before the function's time limit ends it, to add metrics and to note that they are added.
-const METRICS_NEED: Duration = Duration::from_secs(5);
-/// What it needs to keep what it has taken. With less it takes nothing more: however slow AWS is, each call does a part.
-const KEEPING_NEEDS: Duration = Duration::from_secs(6);
+const METRICS_NEED: Duration = Duration::from_secs(6);
+/// What it needs to keep what it has taken. With less it takes nothing more, so that a slow call does a part of its batch.
+const KEEPING_NEEDS: Duration = Duration::from_secs(7);
 /// How old a reading may be that a sensor has kept, and how far its clock may be ahead, in milliseconds.
 const OLDEST: i64 = 7 * 24 * 3_600_000;
 const AHEAD: i64 = 5 * 60_000;
@@ -312,6 +312,8 @@ async fn settle(adapters: &Adapters, holder: &Holder, call: Call, metric_calls: 
         if !readings.resume(&holder.batch, now, LONGEST_CALL).await? {
             return Err(busy(holder));
         }
+        // That may have taken a while.
+        call.check_time(METRICS_NEED)?;
         *metric_calls += metrics.add(samples.iter(), now).await?;
         finish(readings, &holder.batch, now).await;
     }

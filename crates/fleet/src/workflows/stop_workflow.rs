@@ -40,10 +40,6 @@ pub async fn handle(adapters: &Adapters, body: &str) -> Result<(), Error> {
         .thing_name()
         .ok_or_else(|| Error::new(ErrorName::MalformedMessage, format!("thingArn: got {:?}", event.thing_arn)))?;
     let (pending, ended) = standing(adapters, &thing, &event.job_id).await?;
-    if ended.is_empty() && pending && is_unsettled(unix_seconds(event.timestamp)) {
-        let message = format!("the job {} has ended on {thing}, and AWS IoT Jobs does not say so (yet)", event.job_id);
-        return Err(Error::new(ErrorName::ServiceUnavailable, message));
-    }
     for operation_id in ended {
         let operation = Operation::new(&thing, &operation_id);
         adapters.rendezvous.fail(&operation, &error).await?;
@@ -52,6 +48,11 @@ pub async fn handle(adapters: &Adapters, body: &str) -> Result<(), Error> {
         }
         adapters.started.remove(&thing, &event.job_id, &operation_id).await?;
         tracing::info!(operation = operation.key(), error = error.name.as_str(), outcome = "APPLIED");
+    }
+    // It may be the next attempt, or this one, whose end AWS IoT Jobs does not tell yet.
+    if pending && is_unsettled(unix_seconds(event.timestamp)) {
+        let message = format!("the job {} has ended on {thing}, where AWS IoT Jobs still has it", event.job_id);
+        return Err(Error::new(ErrorName::ServiceUnavailable, message));
     }
     Ok(())
 }
