@@ -42,6 +42,8 @@ pub struct Cloud {
     pub sns: aws_sdk_sns::Client,
     /// Images.
     pub s3: aws_sdk_s3::Client,
+    /// Its name.
+    stack: String,
     outputs: HashMap<String, String>,
 }
 
@@ -102,6 +104,7 @@ impl Cloud {
             sqs: aws_sdk_sqs::Client::new(&config),
             sns: aws_sdk_sns::Client::new(&config),
             s3: aws_sdk_s3::Client::new(&config),
+            stack: name.to_owned(),
             outputs: outputs.filter_map(|output| Some((output.output_key?, output.output_value?))).collect(),
             config,
         }
@@ -302,10 +305,11 @@ impl Cloud {
         described.attributes?.remove(name)
     }
 
-    /// The queue of that logical name.
+    /// The stack's queue of that logical name.
     pub async fn queue_url(&self, name: &str) -> String {
         let urls = self.sqs.list_queues().send().await.expect("queues").queue_urls.unwrap_or_default();
-        urls.into_iter().find(|url| url.contains(name)).unwrap_or_else(|| panic!("no queue {name}"))
+        let begins = format!("/{}-{name}", self.stack);
+        urls.into_iter().find(|url| url.contains(&begins)).unwrap_or_else(|| panic!("no queue {begins}"))
     }
 
     /// Puts a message of the broker's own into a queue, as the topic rule does: only the broker may publish below `$aws/`.
