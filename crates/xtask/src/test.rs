@@ -250,7 +250,8 @@ impl Release {
     /// How large the function's deployed code is, in bytes.
     fn code_size(project: &Project, stack: &Stack) -> Result<u64> {
         let functions = functions::list(project, &stack.cloud)?;
-        let function = functions.iter().find(|function| function.name.contains(Self::FUNCTION));
+        let function =
+            functions.iter().find(|function| function.name.starts_with(&format!("{STACK}-{}-", Self::FUNCTION)));
         Ok(function.with_context(|| format!("{} is not deployed", Self::FUNCTION))?.code_size)
     }
 
