@@ -408,7 +408,7 @@ fn no_call_takes_as_long_as_a_function_may_run() {
     let timeouts = resources("AWS::Serverless::Function");
     let own = timeouts.values().filter_map(|function| function["Properties"]["Timeout"].as_u64());
     let shortest = own.chain(template()["Globals"]["Function"]["Timeout"].as_u64()).min().expect("a time limit");
-    assert!(fleet::aws::LONGEST_CALL.as_secs() < shortest);
+    assert!(fleet::aws::CALL_LIMIT.as_secs() < shortest);
 }
 
 /// A dashboard that CloudWatch cannot read is deployed all the same, and is empty.

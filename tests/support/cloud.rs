@@ -42,7 +42,7 @@ pub struct Cloud {
     pub sns: aws_sdk_sns::Client,
     /// Images.
     pub s3: aws_sdk_s3::Client,
-    /// Its name.
+    /// The stack's name.
     stack: String,
     outputs: HashMap<String, String>,
 }

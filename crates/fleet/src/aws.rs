@@ -16,19 +16,19 @@ use std::time::Duration;
 const AMAZON_ROOTS: &[u8] = include_bytes!("amazon-roots.pem");
 
 /// How long a call may take in all: less than a function may run.
-pub const LONGEST_CALL: Duration = Duration::from_secs(8);
+pub const CALL_LIMIT: Duration = Duration::from_secs(8);
 /// How long each of its attempts may.
-const LONGEST_ATTEMPT: Duration = Duration::from_secs(5);
+const ATTEMPT_LIMIT: Duration = Duration::from_secs(5);
 /// How long it may take to connect.
-const LONGEST_CONNECT: Duration = Duration::from_secs(2);
+const CONNECT_LIMIT: Duration = Duration::from_secs(2);
 
 /// The configuration of a Lambda function: Region, credentials and endpoints from its environment.
 pub async fn load() -> SdkConfig {
     let https = Builder::new().tls_provider(Provider::Rustls(CryptoMode::Ring)).tls_context(tls()).build_https();
     let defaults = aws_config::defaults(BehaviorVersion::latest()).http_client(https);
-    let limits = TimeoutConfig::builder().connect_timeout(LONGEST_CONNECT).operation_timeout(LONGEST_CALL);
+    let limits = TimeoutConfig::builder().connect_timeout(CONNECT_LIMIT).operation_timeout(CALL_LIMIT);
     // Boxed, for it is large, and part of every function's first step.
-    Box::pin(defaults.timeout_config(limits.operation_attempt_timeout(LONGEST_ATTEMPT).build()).load()).await
+    Box::pin(defaults.timeout_config(limits.operation_attempt_timeout(ATTEMPT_LIMIT).build()).load()).await
 }
 
 /// Whose certificates are believed. The system's authorities, of whom there are hundreds, took most of a function's start to read;
@@ -71,6 +71,18 @@ pub(crate) async fn publish(mqtt: &aws_sdk_iotdataplane::Client, message: Public
     publish.send().await.map(|_| ()).map_err(|error| error::aws("iot:Publish", &error))
 }
 
+/// The configuration of a test whose calls that client answers.
+#[cfg(test)]
+pub(crate) fn of_test(http: impl aws_sdk_dynamodb::config::HttpClient + 'static) -> SdkConfig {
+    use aws_sdk_iotdataplane::config::{Credentials, SharedCredentialsProvider};
+    SdkConfig::builder()
+        .behavior_version(BehaviorVersion::latest())
+        .region(aws_config::Region::from_static("eu-west-1"))
+        .credentials_provider(SharedCredentialsProvider::new(Credentials::for_tests()))
+        .http_client(http)
+        .build()
+}
+
 /// A text as DynamoDB has it.
 pub(crate) fn text(value: impl Into<String>) -> AttributeValue {
     AttributeValue::S(value.into())
@@ -95,20 +107,15 @@ pub fn now_millis() -> i64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use aws_config::Region;
-    use aws_sdk_iotdataplane::config::{Credentials, SharedCredentialsProvider};
     use aws_smithy_http_client::test_util::capture_request;
 
     /// Where calls to the account's own host go, of job executions and of the broker.
     async fn hosts(endpoint: Option<&str>) -> [String; 2] {
         let called = async |data: bool| {
             let (http, requests) = capture_request(None);
-            let mut aws = SdkConfig::builder().behavior_version(BehaviorVersion::latest()).http_client(http);
+            let mut aws = of_test(http).to_builder();
             aws.set_endpoint_url(endpoint.map(str::to_owned));
-            let aws = aws
-                .region(Region::from_static("eu-west-1"))
-                .credentials_provider(SharedCredentialsProvider::new(Credentials::for_tests()))
-                .build();
+            let aws = aws.build();
             let aws = at(&aws, "a1b2-ats.iot.eu-west-1.amazonaws.com");
             if data {
                 let _ = aws_sdk_iotdataplane::Client::new(&aws).publish().topic("t").send().await;

@@ -277,7 +277,6 @@ mod tests {
 
     /// What the function reaches, on an AWS that answers each call with the item of a meeting, and what it is told.
     fn adapters(owns_device_topics: bool, meeting: &Value) -> (Adapters, Calls) {
-        use aws_config::{BehaviorVersion, Region, SdkConfig};
         use aws_smithy_http_client::test_util::infallible_client_fn;
         let calls = Calls::default();
         let noted = calls.clone();
@@ -287,10 +286,7 @@ mod tests {
             noted.lock().unwrap().push(format!("{} {body}", request.uri()));
             ureq::http::Response::builder().body(answer.clone()).unwrap()
         });
-        let credentials =
-            aws_sdk_s3::config::SharedCredentialsProvider::new(aws_sdk_s3::config::Credentials::for_tests());
-        let config = SdkConfig::builder().behavior_version(BehaviorVersion::latest()).http_client(http);
-        let config = config.region(Region::from_static("eu-west-1")).credentials_provider(credentials).build();
+        let config = aws::of_test(http);
         let mqtt = aws_sdk_iotdataplane::Client::from_conf((&config).into());
         let limits = super::super::worker_jobs::Limits {
             table: "x".into(),

@@ -57,9 +57,9 @@ impl SettingsApi {
         let local = ["http://127.0.0.1:", "http://localhost:"].iter().any(|prefix| url.starts_with(prefix));
         // A thing's attribute shall not choose who is asked, and gets the key.
         let host = url.split("://").nth(1).and_then(|rest| rest.split(['/', '?']).next()).unwrap_or_default();
-        let is_in_path =
+        let is_bound_to_host =
             url.contains(PLACEHOLDER) && !host.contains(PLACEHOLDER) && !host.contains('@') && !url.contains('#');
-        if !is_in_path || !(local || url.starts_with("https://")) {
+        if !is_bound_to_host || !(local || url.starts_with("https://")) {
             let expected = format!("an https address that holds {PLACEHOLDER} behind its host");
             return Err(format!("SETTINGS_API_URL: got {url}, expected {expected}"));
         }

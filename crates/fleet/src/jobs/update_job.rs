@@ -195,7 +195,6 @@ mod tests {
     use super::*;
     use aws_sdk_iot::operation::describe_thing::DescribeThingOutput;
     use aws_sdk_iot::operation::update_thing::UpdateThingOutput;
-    use aws_sdk_iotjobsdataplane::config::{Credentials, SharedCredentialsProvider};
     use aws_sdk_iotjobsdataplane::operation::describe_job_execution::{
         DescribeJobExecutionError, DescribeJobExecutionOutput,
     };
@@ -268,16 +267,11 @@ mod tests {
 
     /// A queue that notes what it is sent.
     fn notifications(notes: Updates) -> Queue {
-        let config = aws_config::SdkConfig::builder()
-            .behavior_version(aws_config::BehaviorVersion::latest())
-            .region(aws_config::Region::from_static("eu-west-1"))
-            .credentials_provider(SharedCredentialsProvider::new(Credentials::for_tests()))
-            .http_client(infallible_client_fn(move |request: Request<_>| {
-                let sent: serde_json::Value = serde_json::from_slice(request.body().bytes().unwrap()).unwrap();
-                notes.lock().unwrap().push(format!("{} in {} s", sent["MessageBody"], sent["DelaySeconds"]));
-                Response::builder().body("{}").unwrap()
-            }))
-            .build();
+        let config = crate::aws::of_test(infallible_client_fn(move |request: Request<_>| {
+            let sent: serde_json::Value = serde_json::from_slice(request.body().bytes().unwrap()).unwrap();
+            notes.lock().unwrap().push(format!("{} in {} s", sent["MessageBody"], sent["DelaySeconds"]));
+            Response::builder().body("{}").unwrap()
+        }));
         Queue::new(&config, "https://queue".into())
     }
 

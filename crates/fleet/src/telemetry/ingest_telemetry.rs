@@ -354,7 +354,6 @@ async fn finish(readings: &Readings, batch: &str, now: i64) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use aws_config::{BehaviorVersion, Region, SdkConfig};
     use aws_smithy_http_client::test_util::infallible_client_fn;
     use std::sync::{Arc, Mutex};
 
@@ -369,10 +368,7 @@ mod tests {
             noted.lock().unwrap().push(host.unwrap_or_default().to_owned());
             ureq::http::Response::builder().body("{}").unwrap()
         });
-        let config = SdkConfig::builder().behavior_version(BehaviorVersion::latest()).http_client(http);
-        let credentials = aws_sdk_s3::config::Credentials::for_tests();
-        let credentials = aws_sdk_s3::config::SharedCredentialsProvider::new(credentials);
-        let config = config.region(Region::from_static("eu-west-1")).credentials_provider(credentials).build();
+        let config = crate::aws::of_test(http);
         let places =
             Places { monitoring_table: "x".into(), batches_table: "x".into(), reading_days: 1, bucket: "x".into() };
         let adapters = Adapters::new(&config, places);

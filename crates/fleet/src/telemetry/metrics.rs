@@ -2,7 +2,7 @@
 
 use super::readings::Sample;
 use crate::Error;
-use crate::aws::LONGEST_CALL;
+use crate::aws::CALL_LIMIT;
 use crate::error::aws;
 use aws_sdk_cloudwatch::Client;
 use aws_sdk_cloudwatch::config::timeout::TimeoutConfig;
@@ -45,7 +45,7 @@ struct Series {
 impl Metrics {
     pub(crate) fn new(config: &aws_config::SdkConfig) -> Self {
         // An attempt that is given up may have added them: it is not made again before it has failed.
-        let limits = TimeoutConfig::builder().disable_operation_attempt_timeout().operation_timeout(LONGEST_CALL);
+        let limits = TimeoutConfig::builder().disable_operation_attempt_timeout().operation_timeout(CALL_LIMIT);
         let config = aws_sdk_cloudwatch::config::Builder::from(config).timeout_config(limits.build());
         Self { client: Client::from_conf(config.build()) }
     }

@@ -285,6 +285,26 @@ mod tests {
         StartedOperations::new(mock_client!(aws_sdk_dynamodb, [&put]), "rendezvous".into())
     }
 
+    fn adapters(
+        step_functions: aws_sdk_sfn::Client,
+        iot: aws_sdk_iot::Client,
+        executions: JobExecutions,
+        started: StartedOperations,
+    ) -> Adapters {
+        Adapters {
+            step_functions,
+            iot,
+            firmware_upgrade_arn: "arn:state-machine".into(),
+            config_push_arn: "arn:config-push".into(),
+            failed_update_recovery_arn: "arn:recovery".into(),
+            on_premises_job_arn: "arn:on-premises".into(),
+            executions,
+            started,
+            stack: "fleetflow".into(),
+            owns_device_topics: true,
+        }
+    }
+
     async fn outcome(code: Option<&'static str>, document: &serde_json::Value) -> (Result<(), Error>, usize) {
         outcome_of(code, document, 1_795_238_492).await
     }
@@ -308,18 +328,12 @@ mod tests {
                 StartExecutionError::generic(aws_sdk_sfn::error::ErrorMetadata::builder().code(code).build())
             }),
         };
-        let adapters = Adapters {
-            step_functions: mock_client!(aws_sdk_sfn, [&start]),
-            iot: mock_client!(aws_sdk_iot, []),
-            firmware_upgrade_arn: "arn:state-machine".into(),
-            config_push_arn: "arn:config-push".into(),
-            failed_update_recovery_arn: "arn:recovery".into(),
-            on_premises_job_arn: "arn:on-premises".into(),
-            executions: executions(queued_at),
-            started: remembered(),
-            stack: "fleetflow".into(),
-            owns_device_topics: true,
-        };
+        let adapters = adapters(
+            mock_client!(aws_sdk_sfn, [&start]),
+            mock_client!(aws_sdk_iot, []),
+            executions(queued_at),
+            remembered(),
+        );
         (handle(&adapters, &message(document)).await, start.num_calls())
     }
 
@@ -335,18 +349,8 @@ mod tests {
                 let already = aws_sdk_sfn::error::ErrorMetadata::builder().code("ExecutionAlreadyExists");
                 StartExecutionError::generic(already.build())
             });
-        let adapters = Adapters {
-            step_functions: mock_client!(aws_sdk_sfn, [&start]),
-            iot: mock_client!(aws_sdk_iot, []),
-            firmware_upgrade_arn: String::new(),
-            config_push_arn: String::new(),
-            failed_update_recovery_arn: String::new(),
-            on_premises_job_arn: "arn:on-premises".into(),
-            executions: executions(0),
-            started: remembered(),
-            stack: "fleetflow".into(),
-            owns_device_topics: true,
-        };
+        let adapters =
+            adapters(mock_client!(aws_sdk_sfn, [&start]), mock_client!(aws_sdk_iot, []), executions(0), remembered());
         let body = r#"{"scheduledTime":"2026-11-24T03:00:00Z","input":{"a":15,"b":42}}"#;
         assert_eq!(handle(&adapters, body).await, Ok(()));
         assert_eq!(start.num_calls(), 1);
@@ -378,18 +382,12 @@ mod tests {
                 DescribeJobExecutionError::generic(code.build())
             });
             let put = mock!(aws_sdk_dynamodb::Client::put_item).then_output(|| PutItemOutput::builder().build());
-            let adapters = Adapters {
-                step_functions: mock_client!(aws_sdk_sfn, []),
-                iot: mock_client!(aws_sdk_iot, []),
-                firmware_upgrade_arn: String::new(),
-                config_push_arn: String::new(),
-                failed_update_recovery_arn: String::new(),
-                on_premises_job_arn: String::new(),
-                executions: JobExecutions::new(mock_client!(aws_sdk_iotjobsdataplane, [&unknown])),
-                started: StartedOperations::new(mock_client!(aws_sdk_dynamodb, [&put]), "rendezvous".into()),
-                stack: "fleetflow".into(),
-                owns_device_topics: true,
-            };
+            let adapters = adapters(
+                mock_client!(aws_sdk_sfn, []),
+                mock_client!(aws_sdk_iot, []),
+                JobExecutions::new(mock_client!(aws_sdk_iotjobsdataplane, [&unknown])),
+                StartedOperations::new(mock_client!(aws_sdk_dynamodb, [&put]), "rendezvous".into()),
+            );
             let next: NotifyNext = serde_json::from_value(serde_json::json!({"execution": {
                 "jobId": "job-1", "executionNumber": 1, "queuedAt": crate::aws::now_seconds() - age, "jobDocument": ours(),
             }}))
@@ -432,18 +430,12 @@ mod tests {
                 let already = aws_sdk_sfn::error::ErrorMetadata::builder().code("ExecutionAlreadyExists");
                 StartExecutionError::generic(already.build())
             });
-        let adapters = Adapters {
-            step_functions: mock_client!(aws_sdk_sfn, [&start]),
-            iot: mock_client!(aws_sdk_iot, [&registry]),
-            firmware_upgrade_arn: String::new(),
-            config_push_arn: "arn:config-push".into(),
-            failed_update_recovery_arn: "arn:recovery".into(),
-            on_premises_job_arn: String::new(),
-            executions: executions(0),
-            started: remembered(),
-            stack: "fleetflow".into(),
-            owns_device_topics: true,
-        };
+        let adapters = adapters(
+            mock_client!(aws_sdk_sfn, [&start]),
+            mock_client!(aws_sdk_iot, [&registry]),
+            executions(0),
+            remembered(),
+        );
         let message = serde_json::json!({
             "topic": topic, "payload": BASE64_STANDARD.encode(payload.to_string()), "clientId": "gateway-7",
             "principal": "a".repeat(64), "receivedAt": 5,
