@@ -3,6 +3,7 @@
 Where the local cloud does not enforce even so is said in docs/security.md.
 """
 
+import asyncio
 import json
 import re
 from urllib.parse import parse_qs
@@ -13,7 +14,7 @@ import ministack.core.iam_evaluator as iam_evaluator
 import ministack.services.iot as iot
 import ministack.services.sqs as sqs
 import ministack.services.stepfunctions as stepfunctions
-from ministack.core.responses import json_response
+from ministack.core.responses import error_response_json, json_response
 
 # The header in which the Step Functions of the local cloud ask whether a caller may do what it asks for.
 STATE_MACHINE = "x-local-state-machine"
@@ -107,6 +108,34 @@ def policy_allows(session, action, resource):
     return session._evaluates_policies() and _policy_allows(session, action, resource)
 
 
+# Gap: a certificate that is not ACTIVE any more keeps the connections that it has, and one that is REVOKED may become ACTIVE.
+# AWS ends the connections within a few minutes; here it is at once.
+# (https://docs.aws.amazon.com/iot/latest/apireference/API_UpdateCertificate.html,
+# https://docs.aws.amazon.com/iot/latest/developerguide/revoke-ca-cert.html)
+
+_handle_certificate = iot._handle_certificate
+
+
+async def end(session):
+    session._forced_disconnect_reason = "AUTH_ERROR"
+    await session._send({"type": "websocket.close", "code": 1000})
+
+
+def handle_certificate(method, path, body, query):
+    certificate = iot._certificates.get(path.rsplit("/", 1)[-1])
+    if method != "PUT" or certificate is None:
+        return _handle_certificate(method, path, body, query)
+    if certificate["status"] == "REVOKED" and query.get("newStatus") != "REVOKED":
+        # Which error AWS answers with is not documented.
+        return error_response_json("CertificateStateException", "The certificate is revoked.", 406)
+    answer = _handle_certificate(method, path, body, query)
+    if certificate["status"] != "ACTIVE":
+        for session in list(iot._connected_clients.values()):
+            if session.certificate_id == certificate["certificateId"]:
+                asyncio.run_coroutine_threadsafe(end(session), iot._mtls_loop)
+    return answer
+
+
 # Gap: a topic rule needs its role to exist, and not to allow what the rule does.
 
 _dispatch_rule_sqs = iot._dispatch_rule_sqs
@@ -167,6 +196,7 @@ def install():
     iot._POLICY_VARIABLE_RE = re.compile(r"\$\{(iot:[\w.\[\]-]+)\}")
     iot._mqtt_policy_context = policy_context
     iot._WSSession._policy_allows = policy_allows
+    iot._handle_certificate = handle_certificate
     iot._dispatch_rule_sqs = dispatch_rule_sqs
     iam_actions.extract_resource_arn = extract_resource_arn
     stepfunctions.handle_request = handle_request

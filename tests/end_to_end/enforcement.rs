@@ -5,12 +5,13 @@ use aws_config::SdkConfig;
 use aws_config::sts::AssumeRoleProvider;
 use aws_sdk_dynamodb::types::AttributeValue;
 use aws_sdk_iot::config::SharedCredentialsProvider;
+use aws_sdk_iot::types::CertificateStatus;
 use aws_sdk_lambda::types::InvocationType::DryRun;
 use aws_smithy_types::error::metadata::ProvideErrorMetadata;
 use device_simulator::provision::{DevicePolicy, ProtocolMix};
 use serde_json::json;
 use std::collections::{BTreeSet, HashMap};
-use tests::{Attempt, Cloud, Credential, allows, credential};
+use tests::{Attempt, Cloud, Connection, Credential, allows, credential};
 
 fn topic(name: impl Into<String>) -> String {
     name.into()
@@ -24,6 +25,58 @@ async fn check_client(credential: &Credential, allowed: &[(&str, Attempt)], refu
     for (client, attempt) in refused {
         assert!(!allows(Some(credential), client, attempt).await, "{client} must not {attempt:?}");
     }
+}
+
+/// Where a client speaks, and where it listens.
+struct Topics {
+    speaks: String,
+    listens: String,
+}
+
+impl Topics {
+    fn new(speaks: impl Into<String>, listens: impl Into<String>) -> Self {
+        Self { speaks: speaks.into(), listens: listens.into() }
+    }
+}
+
+/// The ways around a client's own topics. A retained message waits for whoever subscribes next, a will is published by
+/// the broker, a shared subscription names its filter behind a prefix, Basic Ingest hands a message to a rule with
+/// whatever topic the sender likes, past the filter of the rule, and by topics of AWS's own a client changes the shadow of
+/// its thing, takes job executions, and makes certificates and things.
+fn detours(stack: &Stack, client: &str, own: &Topics, others: &Topics) -> Vec<Attempt> {
+    let mut detours = vec![
+        Attempt::Retain(own.speaks.clone()),
+        Attempt::Retain(own.listens.clone()),
+        Attempt::Retain(others.speaks.clone()),
+        Attempt::Retain(others.listens.clone()),
+        Attempt::Will(own.listens.clone()),
+        Attempt::Will(others.speaks.clone()),
+        Attempt::Will(others.listens.clone()),
+        Attempt::RetainedWill(own.speaks.clone()),
+        Attempt::RetainedWill(others.listens.clone()),
+        Attempt::Subscribe(topic("$aws/rules/#")),
+        Attempt::Publish(format!("$aws/things/{client}/shadow/update")),
+        Attempt::Publish(format!("$aws/things/{client}/jobs/start-next")),
+        Attempt::Publish(topic("$aws/certificates/create/json")),
+        Attempt::Publish(topic("$aws/provisioning-templates/none/provision/json")),
+    ];
+    for filter in [&own.listens, &others.listens, &others.speaks, "#"] {
+        detours.push(Attempt::Subscribe(format!("$share/neighbours/{filter}")));
+    }
+    for rule in stack.names("AWS::IoT::TopicRule") {
+        detours.push(Attempt::Publish(format!("$aws/rules/{rule}/{}", own.speaks)));
+        detours.push(Attempt::Publish(format!("$aws/rules/{rule}/{}", others.speaks)));
+    }
+    detours
+}
+
+/// The client gets nowhere on any of the ways around. A will where it may speak anyway is its own word.
+async fn check_detours(cloud: &Cloud, credential: &Credential, client: &str, own: &Topics, others: &Topics) {
+    let stack = Stack::of(cloud).await;
+    let detours = detours(&stack, client, own, others);
+    assert!(detours.len() > 20, "the stack has rules");
+    let refused: Vec<_> = detours.into_iter().map(|attempt| (client, attempt)).collect();
+    check_client(credential, &[(client, Attempt::Will(own.speaks.clone()))], &refused).await;
 }
 
 #[tokio::test]
@@ -66,7 +119,11 @@ async fn a_devices_certificate_is_good_for_that_device_only() {
         (me, Publish(topic("monitoring-device/building-1"))),
         (me, Publish(topic("tenant1/to/lambda"))),
     ];
-    check_client(&credential(&devices[0].certificates), &allowed, &refused).await;
+    let credential = credential(&devices[0].certificates);
+    check_client(&credential, &allowed, &refused).await;
+    let topics =
+        |thing: &str| Topics::new(format!("devices/{thing}/firmware_resp"), format!("devices/{thing}/firmware_req"));
+    check_detours(&cloud, &credential, me, &topics(me), &topics(other)).await;
     for attempt in [Connect, Subscribe(topic("#")), Publish(format!("devices/{me}/firmware_resp"))] {
         assert!(!allows(None, me, &attempt).await, "a client without a certificate must not {attempt:?}");
     }
@@ -97,7 +154,13 @@ async fn a_sensors_certificate_is_good_for_its_building_only() {
         (me, Subscribe(topic("monitoring-device/+"))),
         (me, Publish(format!("devices/{me}/firmware_resp"))),
     ];
-    check_client(&credential(&devices[0].certificates), &allowed, &refused).await;
+    let credential = credential(&devices[0].certificates);
+    check_client(&credential, &allowed, &refused).await;
+    let topics = |building: u8| {
+        let of = |what: &str| format!("monitoring-device/{what}-refused-{building}");
+        Topics::new(of("building"), of("remediation"))
+    };
+    check_detours(&cloud, &credential, me, &topics(7), &topics(8)).await;
 }
 
 #[tokio::test]
@@ -124,7 +187,80 @@ async fn a_tenants_certificate_is_good_for_that_tenant_only() {
         ("tenant1.j", Publish(topic("tenant1/to/worker"))),
         ("tenant1.k", Publish(topic("devices/gateway-1/firmware_resp"))),
     ];
-    check_client(&credential(&folder), &allowed, &refused).await;
+    let credential = credential(&folder);
+    check_client(&credential, &allowed, &refused).await;
+    let topics = |tenant: &str| Topics::new(format!("{tenant}/to/lambda"), format!("{tenant}/to/worker"));
+    check_detours(&cloud, &credential, "tenant1.l", &topics("tenant1"), &topics("tenant2")).await;
+    // The other way round, and with the policy of plain workers besides.
+    let second = credential_of(&cloud, "tenant2").await;
+    check_detours(&cloud, &second, "tenant2.l", &topics("tenant2"), &topics("tenant1")).await;
+    let plain = cloud.iot.attach_policy().policy_name(cloud.output("PlainWorkerPolicyName"));
+    plain
+        .target(std::fs::read_to_string(folder.join("arn")).expect("an ARN"))
+        .send()
+        .await
+        .expect("the policy is attached");
+    check_detours(&cloud, &credential, "mqtt-container-client", &topics("tenant1"), &topics("tenant2")).await;
+}
+
+async fn credential_of(cloud: &Cloud, tenant: &str) -> Credential {
+    credential(&cloud.worker_credentials(&tenant.parse().expect("a tenant")).await)
+}
+
+/// What is refused above is refused by a policy, and by nothing else: a policy that allows everything lets it pass.
+#[tokio::test]
+#[ignore = "needs the local cloud: cargo xtask test"]
+async fn only_a_policy_closes_the_ways_around() {
+    let cloud = Cloud::connect().await;
+    let policy = format!("everything-{}", uuid::Uuid::new_v4().simple());
+    let everything =
+        json!({"Version": "2012-10-17", "Statement": {"Effect": "Allow", "Action": "iot:*", "Resource": "*"}});
+    let create = cloud.iot.create_policy().policy_name(&policy);
+    create.policy_document(everything.to_string()).send().await.expect("a policy");
+    let options = DevicePolicy::Existing(policy);
+    let change = |one: &mut device_simulator::provision::ProvisionOptions| one.policy = options;
+    let devices = cloud.provision_with("unbound", 1, ProtocolMix::Mixed, change).await.1;
+    let credential = credential(&devices[0].certificates);
+    let of = |what: &str| format!("probes/{}/{what}", devices[0].thing);
+    let no_stack = Stack(HashMap::from([("Rule".into(), ("AWS::IoT::TopicRule".into(), "no_such_rule".into()))]));
+    let own = Topics::new(of("speaks"), of("listens"));
+    let client = devices[0].thing.as_str();
+    for attempt in detours(&no_stack, client, &own, &Topics::new(of("others-speak"), of("others-listen"))) {
+        // Nobody may listen there, whatever policies say.
+        let is_allowed = !matches!(&attempt, Attempt::Subscribe(filter) if filter.starts_with("$aws/rules/"));
+        assert_eq!(allows(Some(&credential), client, &attempt).await, is_allowed, "{attempt:?}");
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs the local cloud: cargo xtask test"]
+async fn a_certificate_that_is_not_active_is_good_for_nothing() {
+    let cloud = Cloud::connect().await;
+    let (_, devices) = cloud.provision("revoked", 2, ProtocolMix::Mixed).await;
+    for (device, status) in devices.iter().zip([CertificateStatus::Inactive, CertificateStatus::Revoked]) {
+        let (credential, client) = (credential(&device.certificates), device.thing.as_str());
+        let certificate = certificate_id(&cloud, client).await;
+        let set = |status: CertificateStatus| {
+            cloud.iot.update_certificate().certificate_id(&certificate).new_status(status).send()
+        };
+        let connection = Connection::open(&credential, client).await;
+        set(status.clone()).await.expect("the certificate's status is set");
+        // AWS says within a few minutes; here it is at once.
+        connection.ended().await;
+        assert!(!allows(Some(&credential), client, &Attempt::Connect).await, "{status}");
+        if status == CertificateStatus::Inactive {
+            set(CertificateStatus::Active).await.expect("the certificate is active again");
+            assert!(allows(Some(&credential), client, &Attempt::Connect).await);
+        } else {
+            assert!(set(CertificateStatus::Active).await.is_err(), "what is revoked stays revoked");
+        }
+    }
+}
+
+async fn certificate_id(cloud: &Cloud, thing: &str) -> String {
+    let listed = cloud.iot.list_thing_principals().thing_name(thing).send().await.expect("the thing's certificates");
+    let arn = listed.principals.unwrap_or_default().remove(0);
+    arn.rsplit_once('/').expect("an ARN").1.to_owned()
 }
 
 /// What every role of the stack tries: an action on a resource of the stack, or on something else of that kind.
@@ -500,6 +636,11 @@ impl Stack {
     /// What a resource is called; what is none of the stack's is called as it is.
     fn name<'a>(&'a self, logical: &'a str) -> &'a str {
         self.0.get(logical).map_or(logical, |(_, name)| name)
+    }
+
+    /// What the resources of a type are called.
+    fn names(&self, kind: &str) -> Vec<&str> {
+        self.0.values().filter(|(one, _)| one == kind).map(|(_, name)| name.as_str()).collect()
     }
 
     fn roles(&self) -> BTreeSet<&str> {

@@ -14,7 +14,7 @@ mod workers;
 use std::cell::RefCell;
 use std::time::{Duration, Instant};
 
-pub use attempts::{Attempt, Credential, allows, credential};
+pub use attempts::{Attempt, Connection, Credential, allows, credential};
 pub use cloud::{Cloud, Ended, Image, kill_functions, meeting, names, random_bytes, statuses, with_faults};
 pub use crash::{Crash, crashing};
 pub use mqtt_device::MqttDevice;
