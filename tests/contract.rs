@@ -5,6 +5,7 @@ use fleet::error::FINAL_AWS_ERRORS;
 use fleet::recovery::Decision;
 use fleet::recovery::restore_attributes::{Action, Outcome};
 use fleet::telemetry::{METRICS, NAMESPACE, ingest_telemetry};
+use fleet::things::WrittenAttribute;
 use protocol::events::EventType;
 use protocol::recovery::UpdateStatus;
 use protocol::telemetry::{readings_topic, remediations_topic};
@@ -934,6 +935,51 @@ fn a_role_allows_what_its_function_calls_and_nothing_else() {
         let expected: BTreeSet<String> = expected.iter().map(|action| (*action).to_owned()).collect();
         assert_eq!(allowed(function), expected, "{function}");
     }
+}
+
+/// The attributes from which follows what somebody may do: a sensor's topics, whom a thing may report for, whose settings a device
+/// gets, whether it may be upgraded.
+const AUTHORIZING: [&str; 4] = ["building", "sensors", "externalId", "upgradable"];
+
+#[test]
+fn no_function_writes_an_attribute_that_authorizes() {
+    let template = read("template.yaml");
+    let of_policies: BTreeSet<_> =
+        template.split("Thing.Attributes[").skip(1).filter_map(|rest| rest.split(']').next()).collect();
+    assert_eq!(of_policies, BTreeSet::from(["building"]), "all of them are in the list above");
+    for attribute in WrittenAttribute::ALL {
+        assert!(!AUTHORIZING.contains(&attribute.name()), "{attribute:?}");
+    }
+    for name in AUTHORIZING {
+        assert!(WrittenAttribute::named(name).is_err(), "{name}");
+    }
+    // Whoever wrote attributes elsewhere could write any.
+    for (path, source) in sources() {
+        let program = source.split("#[cfg(test)]\nmod tests").next().unwrap_or_default();
+        let writes = ["update_thing", "AttributePayload", "create_thing"].iter().any(|call| program.contains(call));
+        assert_eq!(writes, path.ends_with("src/things.rs"), "{}", path.display());
+    }
+    for (name, machine) in state_machines() {
+        assert!(!machine.to_string().to_lowercase().contains("iot:updatething"), "{name}");
+    }
+}
+
+/// Every source file of the functions, by its path.
+fn sources() -> Vec<(PathBuf, String)> {
+    fn collect(folder: &Path, found: &mut Vec<(PathBuf, String)>) {
+        for entry in std::fs::read_dir(folder).expect("a folder") {
+            let path = entry.expect("an entry").path();
+            if path.is_dir() {
+                collect(&path, found);
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                let source = std::fs::read_to_string(&path).expect("source");
+                found.push((path, source));
+            }
+        }
+    }
+    let mut found = Vec::new();
+    collect(&root().join("crates/fleet/src"), &mut found);
+    found
 }
 
 #[test]

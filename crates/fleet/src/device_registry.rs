@@ -1,15 +1,11 @@
 //! What devices say of themselves, kept in the registry: a thing's attributes `firmwareVersion` and `protocol`.
 
-use crate::error::{aws, code};
-use crate::things::{self, Thing};
+use crate::things::WrittenAttribute::{FirmwareVersion, Protocol};
+use crate::things::{self, Thing, Written, WrittenAttribute};
 use crate::{Error, ErrorName};
-use aws_sdk_iot::types::AttributePayload;
 use protocol::fields::ATTRIBUTE_VALUE;
 use protocol::{ProtocolName, ThingName};
 use std::collections::HashMap;
-
-const FIRMWARE_VERSION: &str = "firmwareVersion";
-const PROTOCOL: &str = "protocol";
 
 /// How often a thing is read anew because somebody else has changed it meanwhile.
 const ATTEMPTS: u32 = 5;
@@ -57,24 +53,20 @@ impl DeviceRegistry {
             if changes.is_empty() {
                 return Ok(());
             }
-            let payload = AttributePayload::builder().set_attributes(Some(changes.clone())).merge(true).build();
-            let update = iot.update_thing().thing_name(thing.as_str()).attribute_payload(payload);
-            match update.expected_version(version).send().await {
-                Ok(_) => {
+            match things::write(iot, thing, changes.clone(), version).await {
+                Ok(Written::Yes) => {
                     tracing::info!(thing = thing.as_str(), ?changes, outcome = "APPLIED", "attributes recorded");
                     return Ok(());
                 }
-                Err(error) => match code(&error) {
-                    Some("VersionConflictException") => {}
-                    // A thing without a type has three attributes at most
-                    // (<https://docs.aws.amazon.com/general/latest/gr/iot-core.html#thing-limits>): sent again it is refused again.
-                    Some("InvalidRequestException" | "ResourceNotFoundException") => {
-                        let error = aws("iot:UpdateThing", &error);
-                        tracing::warn!(thing = thing.as_str(), ?changes, outcome = "REJECTED", %error);
-                        return Ok(());
-                    }
-                    _ => return Err(aws("iot:UpdateThing", &error)),
-                },
+                Ok(Written::Outdated) => {}
+                // A thing without a type has three attributes at most
+                // (<https://docs.aws.amazon.com/general/latest/gr/iot-core.html#thing-limits>): sent again it is refused again.
+                Err(error) if matches!(error.name, ErrorName::RequestRefused | ErrorName::DeviceNotFound) => {
+                    let (thing, message) = (thing.as_str(), error.message);
+                    tracing::warn!(thing, ?changes, outcome = "REJECTED", error = error.name.as_str(), message);
+                    return Ok(());
+                }
+                Err(error) => return Err(error),
             }
         }
         Err(Error::new(ErrorName::Throttled, format!("the thing {thing} was changed again and again meanwhile")))
@@ -83,20 +75,20 @@ impl DeviceRegistry {
 
 /// The attributes to change. The protocol is remembered once: whoever sets the attribute, in the registry or by hand, has the
 /// last word.
-fn changes(attributes: &HashMap<String, String>, said: &Said) -> HashMap<String, String> {
+fn changes(attributes: &HashMap<String, String>, said: &Said) -> HashMap<WrittenAttribute, String> {
     let mut changes = HashMap::new();
-    let known = attributes.get(FIRMWARE_VERSION);
+    let known = attributes.get(FirmwareVersion.name());
     let is_outdated = said.instead_of.is_some() && known != said.instead_of.as_ref();
     if let Some(version) = said.runs.as_ref().filter(|version| known != Some(version) && !is_outdated) {
         if ATTRIBUTE_VALUE.check(version).is_ok() {
-            changes.insert(FIRMWARE_VERSION.to_owned(), version.clone());
+            changes.insert(FirmwareVersion, version.clone());
         } else {
             tracing::warn!(version, outcome = "REJECTED", "the registry takes no such attribute");
         }
     }
     // JSON is what a device without the attribute is spoken to in.
-    if said.speaks == Some(ProtocolName::Usp) && !attributes.contains_key(PROTOCOL) {
-        changes.insert(PROTOCOL.to_owned(), ProtocolName::Usp.to_string());
+    if said.speaks == Some(ProtocolName::Usp) && !attributes.contains_key(Protocol.name()) {
+        changes.insert(Protocol, ProtocolName::Usp.to_string());
     }
     changes
 }
@@ -107,6 +99,11 @@ mod tests {
 
     fn attributes(pairs: &[(&str, &str)]) -> HashMap<String, String> {
         pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
+    }
+
+    fn changes(before: &HashMap<String, String>, said: &Said) -> HashMap<String, String> {
+        let changes = super::changes(before, said).into_iter();
+        changes.map(|(attribute, value)| (attribute.name().to_owned(), value)).collect()
     }
 
     #[test]

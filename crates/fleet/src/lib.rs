@@ -18,7 +18,7 @@ pub mod queue;
 pub mod recovery;
 pub mod tasks;
 pub mod telemetry;
-mod things;
+pub mod things;
 pub mod workflows;
 
 pub use error::{Error, ErrorName};

@@ -3,8 +3,8 @@
 use super::device::{ATTRIBUTES, Device, Registered, Step, Values};
 use super::table::RecoveryTable;
 use crate::error::{aws, code};
+use crate::things::{self, WrittenAttribute};
 use crate::{Error, ErrorName};
-use aws_sdk_iot::types::AttributePayload;
 use protocol::{OperationId, ThingName};
 
 /// How many steps the way from an item to its thing may have, with those that were repeated because somebody else changed
@@ -78,13 +78,7 @@ impl Registry {
 
     /// Changes attributes unless the thing has been changed meanwhile.
     async fn update(&self, thing: &ThingName, attributes: Values, version: i64) -> Result<(), Error> {
-        let payload =
-            AttributePayload::builder().set_attributes(Some(attributes.into_iter().collect())).merge(true).build();
-        let update = self.iot.update_thing().thing_name(thing.as_str()).attribute_payload(payload);
-        match update.expected_version(version).send().await {
-            Ok(_) => Ok(()),
-            Err(error) if code(&error) == Some("VersionConflictException") => Ok(()),
-            Err(error) => Err(aws("iot:UpdateThing", &error)),
-        }
+        let named = attributes.into_iter().map(|(name, value)| Ok((WrittenAttribute::named(&name)?, value)));
+        things::write(&self.iot, thing, named.collect::<Result<Vec<_>, Error>>()?, version).await.map(|_| ())
     }
 }
