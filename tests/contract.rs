@@ -1,18 +1,25 @@
 //! Files against each other: names that must agree are compared, rules of the architecture are checked.
 
+use aws_config::{BehaviorVersion, SdkConfig};
 use fleet::ErrorName;
 use fleet::error::FINAL_AWS_ERRORS;
+use fleet::lambda::{batch, logged};
+use fleet::queue::DeadLetters;
 use fleet::recovery::Decision;
 use fleet::recovery::restore_attributes::{Action, Outcome};
 use fleet::telemetry::{METRICS, NAMESPACE, ingest_telemetry};
 use fleet::things::WrittenAttribute;
+use lambda_runtime::tracing::subscriber::{fmt, util::SubscriberInitExt};
 use protocol::events::EventType;
 use protocol::recovery::UpdateStatus;
 use protocol::telemetry::{readings_topic, remediations_topic};
 use protocol::{Step, protocol_of_topic};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
+use std::future::ready;
+use std::io::Seek;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace").to_owned()
@@ -937,6 +944,70 @@ fn a_role_allows_what_its_function_calls_and_nothing_else() {
     }
 }
 
+/// What is tried again, and passes only once somebody has fixed it.
+const WAITS_FOR_AN_OPERATOR: [ErrorName; 2] = [ErrorName::ServiceError, ErrorName::Misconfigured];
+
+/// The fields and values of a filter pattern such as `{ ($.a.b = "x") || ($.a.b = "y") }`, the fields as JSON pointers.
+fn terms(pattern: &str) -> Vec<(String, &str)> {
+    let inside = pattern.strip_prefix("{ ").and_then(|rest| rest.strip_suffix(" }")).expect("a JSON pattern");
+    let terms = inside.split(" || ").map(|term| {
+        let term = term.strip_prefix("($").and_then(|rest| rest.strip_suffix(')')).expect("a term in brackets");
+        let (field, value) = term.split_once(" = ").expect("a comparison");
+        (field.replace('.', "/"), value.trim_matches('"'))
+    });
+    terms.collect()
+}
+
+/// What a function logs on AWS of a call that fails so, and of a queue's message that does, as far as the queue delivers it again.
+async fn log_of(name: ErrorName) -> Vec<Value> {
+    let mut log = tempfile::tempfile().expect("a file");
+    {
+        // As `init_default_subscriber` of the runtime does it where AWS_LAMBDA_LOG_FORMAT is JSON.
+        let subscriber = fmt()
+            .with_target(false)
+            .without_time()
+            .with_writer(Arc::new(log.try_clone().expect("the file")))
+            .json()
+            .finish();
+        let _guard = subscriber.set_default();
+        let error = fleet::Error::new(name, "iot:UpdateThing: AccessDeniedException");
+        let _ = logged::<()>(ready(Err(error.clone()))).await;
+        if name.is_transient() {
+            let config = SdkConfig::builder().behavior_version(BehaviorVersion::latest()).build();
+            let dead_letters = DeadLetters::new(&config, String::new());
+            let event = serde_json::json!({"Records": [{"messageId": "1", "body": "{}"}]});
+            let event = serde_json::from_value(event).expect("an event of a queue");
+            batch(&dead_letters, |_| ready(vec![Err(error.clone())]), event).await;
+        }
+    }
+    log.rewind().expect("the file's beginning");
+    let lines = std::io::read_to_string(log).expect("text");
+    lines.lines().map(|line| serde_json::from_str(line).expect("a line is JSON")).collect()
+}
+
+#[tokio::test]
+async fn an_alarm_tells_of_what_waits_for_an_operator() {
+    let filter = resources("AWS::Logs::MetricFilter").remove("RefusedCallsFilter").expect("the filter");
+    let filter = &filter["Properties"];
+    let terms = terms(filter["FilterPattern"].as_str().expect("a pattern"));
+    for name in ErrorName::ALL {
+        let lines = log_of(name).await;
+        assert_eq!(lines.len(), 1 + usize::from(name.is_transient()), "{lines:?}");
+        for line in lines {
+            let found = terms.iter().any(|(field, value)| line.pointer(field).is_some_and(|text| text == value));
+            assert_eq!(found, WAITS_FOR_AN_OPERATOR.contains(&name), "{line}");
+        }
+    }
+    let logging = &template()["Globals"]["Function"]["LoggingConfig"];
+    assert_eq!(*logging, serde_json::json!({"LogFormat": "JSON", "LogGroup": filter["LogGroupName"]}));
+    let metric = &filter["MetricTransformations"][0];
+    let alarm = &resources("AWS::CloudWatch::Alarm")["RefusedCallsAlarm"]["Properties"];
+    assert_eq!(alarm["Namespace"], metric["MetricNamespace"]);
+    assert_eq!(alarm["MetricName"], metric["MetricName"]);
+    assert_eq!((&metric["MetricValue"], &alarm["Statistic"]), (&"1".into(), &"Sum".into()));
+    assert_eq!(alarm["AlarmActions"][0], "AlarmTopic");
+}
+
 /// The attributes from which follows what somebody may do: a sensor's topics, whom a thing may report for, whose settings a device
 /// gets, whether it may be upgraded.
 const AUTHORIZING: [&str; 4] = ["building", "sensors", "externalId", "upgradable"];
@@ -980,6 +1051,23 @@ fn sources() -> Vec<(PathBuf, String)> {
     let mut found = Vec::new();
     collect(&root().join("crates/fleet/src"), &mut found);
     found
+}
+
+/// Filters and people look for an error's name there.
+#[test]
+fn a_field_error_of_the_log_is_an_errors_name() {
+    let mut seen = 0;
+    for (path, source) in sources() {
+        for line in source.split("tracing::").skip(1) {
+            let line = line.split(");").next().unwrap_or_default();
+            assert!(!line.contains("%error") && !line.contains("?error"), "{}: {line}", path.display());
+            for field in line.split(" error = ").skip(1).chain(line.split("(error = ").skip(1)) {
+                assert!(field.starts_with("error.name.as_str()"), "{}: {line}", path.display());
+                seen += 1;
+            }
+        }
+    }
+    assert!(seen > 8, "{seen} lines of the log with an error were found");
 }
 
 #[test]

@@ -32,8 +32,9 @@ pub async fn configured<T>(build: impl Future<Output = Result<T, String>>) -> Re
         Err(why) => why,
     };
     init_default_subscriber();
-    let refuse =
-        |_: LambdaEvent<Box<RawValue>>| async { Err::<Value, _>(Error::new(ErrorName::Misconfigured, why.as_str())) };
+    let refuse = |_: LambdaEvent<Box<RawValue>>| {
+        logged(async { Err::<Value, _>(Error::new(ErrorName::Misconfigured, why.as_str())) })
+    };
     lambda_runtime::run(service_fn(refuse)).await?;
     Err(why.into())
 }
@@ -68,11 +69,19 @@ where
     let handler = &handler;
     // As text: the runtime would parse whatever comes, and has no name of ours for what it cannot.
     lambda_runtime::run(service_fn(move |event: LambdaEvent<Box<RawValue>>| async move {
-        let input = decode(event.payload.get(), max_bytes)?;
-        // Boxed, for the compiler loses count of the calls below. An error is logged by the runtime.
-        Box::pin(handler(input, deadline(&event.context))).await
+        let handling = async { handler(decode(event.payload.get(), max_bytes)?, deadline(&event.context)).await };
+        // Boxed, for the compiler loses count of the calls below.
+        Box::pin(logged(handling)).await
     }))
     .await
+}
+
+/// Logs the error of a call in the fields in which a queue message's is logged. The runtime logs it besides, as a text that no
+/// metric filter can read.
+pub async fn logged<T>(handling: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+    handling.await.inspect_err(|error| {
+        tracing::error!(outcome = "FAILED", error = error.name.as_str(), message = error.message);
+    })
 }
 
 /// When the call is ended. `cargo lambda watch` names a time long past.

@@ -97,7 +97,8 @@ async fn send(
         // Unicode grows, and with it what AWS may not know: a job execution must not hang for a word.
         Err(error) if code(&error) == Some("InvalidRequestException") => {
             let (thing, job) = (event.thing_name.as_str(), event.job_id.as_str());
-            tracing::warn!(thing, job, details = ?details(event), %error, "told without its details, which were refused");
+            let why = aws("iot:UpdateJobExecution", &error).message;
+            tracing::warn!(thing, job, details = ?details(event), why, "told without its details, which were refused");
             request.send().await
         }
         sent => sent,
