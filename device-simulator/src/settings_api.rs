@@ -21,6 +21,8 @@ use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 
 const KEY_HEADER: &str = "x-api-key";
+/// Within which it is noticed that a client has gone.
+const NOTICED: Duration = Duration::from_millis(300);
 /// The seconds that a client is asked to wait when nobody has said how many.
 const RETRY_SECONDS: u64 = 1;
 
@@ -196,6 +198,19 @@ impl SettingsApi {
         self.shared.book().faults.entry(external_id.to_owned()).or_default().extend(faults);
     }
 
+    /// From now on requests for external ids that begin so are taken and never answered, until this is dropped.
+    pub fn hang(&self, external_ids: &str) -> Hang<'_> {
+        let mut book = self.shared.book();
+        book.hanging = Some(external_ids.to_owned());
+        book.most_at_once = 0;
+        Hang(&self.shared)
+    }
+
+    /// How many requests have hung at once, at most, since it was last told to hang.
+    pub fn most_at_once(&self) -> usize {
+        self.shared.book().most_at_once
+    }
+
     /// How many requests for an external id have come, whatever the answer.
     pub fn requests(&self, external_id: &str) -> usize {
         self.request_times(external_id).len()
@@ -239,6 +254,43 @@ struct Book {
     random: StdRng,
     /// By external id.
     requests: HashMap<String, Vec<Instant>>,
+    /// What the external ids begin with that get no answer.
+    hanging: Option<String>,
+    /// How many requests hang.
+    at_once: usize,
+    most_at_once: usize,
+}
+
+/// A settings API that hangs; dropped, it has recovered.
+#[must_use]
+pub struct Hang<'a>(&'a Shared);
+
+impl Drop for Hang<'_> {
+    fn drop(&mut self) {
+        self.0.book().hanging = None;
+    }
+}
+
+/// A request that hangs, until its client has gone.
+struct Hanging(Arc<Shared>);
+
+impl Hanging {
+    async fn wait(self) -> Response {
+        self.0.book().at_once += 1;
+        // Who asks again at once is not taken for two.
+        tokio::time::sleep(NOTICED).await;
+        {
+            let mut book = self.0.book();
+            book.most_at_once = book.most_at_once.max(book.at_once);
+        }
+        std::future::pending().await
+    }
+}
+
+impl Drop for Hanging {
+    fn drop(&mut self) {
+        self.0.book().at_once -= 1;
+    }
 }
 
 impl Shared {
@@ -251,6 +303,9 @@ impl Shared {
             random_faults: Vec::new(),
             random: StdRng::seed_from_u64(options.seed),
             requests: HashMap::new(),
+            hanging: None,
+            at_once: 0,
+            most_at_once: 0,
         };
         for spec in options.faults {
             let fault = spec.kind.fault(options.slow_for);
@@ -299,6 +354,10 @@ async fn answer(State(shared): State<Arc<Shared>>, Path(id): Path<String>, heade
     shared.book().requests.entry(id.clone()).or_default().push(Instant::now());
     if !shared.accepts(&headers) {
         return refusal(&id, StatusCode::UNAUTHORIZED, "the header x-api-key is missing or wrong");
+    }
+    if shared.book().hanging.as_ref().is_some_and(|ids| id.starts_with(ids)) {
+        tracing::info!("{id}: no answer");
+        return Hanging(shared).wait().await;
     }
     let fault = shared.book().next_fault(&id);
     match fault {
@@ -433,6 +492,29 @@ mod tests {
             assert_eq!(answer.body, json!({"settings": api.profile("user-1")}).to_string());
             assert!(begin.elapsed() >= at_least);
         }
+    }
+
+    #[tokio::test]
+    async fn it_hangs_until_it_is_told_to_recover_and_counts_who_waits() {
+        let api = start(|_| ());
+        let hang = api.hang("user-1");
+        let counted = async {
+            while api.most_at_once() < 2 {
+                tokio::task::yield_now().await;
+            }
+            ask(&api, "user-2").await.status
+        };
+        tokio::select! {
+            _ = ask(&api, "user-1") => panic!("it is answered"),
+            _ = ask(&api, "user-1b") => panic!("it is answered"),
+            status = counted => assert_eq!(status, 200),
+        }
+        // Who has given up hangs no more.
+        while api.shared.book().at_once > 0 {
+            tokio::task::yield_now().await;
+        }
+        drop(hang);
+        assert_eq!((ask(&api, "user-1").await.status, api.most_at_once()), (200, 2));
     }
 
     #[tokio::test]
