@@ -256,7 +256,7 @@ mod tests {
         match read(answer, "user-1") {
             Ok(settings) => schema.check("user-1", settings).err(),
             Err(Refusal::Final(error)) => Some(error),
-            Err(Refusal::Key(_) | Refusal::Transient(..)) => None,
+            Err(Refusal::Key(_) | Refusal::Busy(..) | Refusal::Transient(..)) => None,
         }
     }
 
