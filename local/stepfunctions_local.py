@@ -39,6 +39,7 @@ from moto.stepfunctions.parser.asl.component.common.string.string_expression imp
 from moto.stepfunctions.parser.asl.component.intrinsic.jsonata import get_intrinsic_functions_declarations
 from moto.stepfunctions.parser.asl.component.state.exec.execute_state import ExecutionState
 from moto.stepfunctions.parser.asl.component.state.exec.state_task import lambda_eval_utils, mock_eval_utils
+from moto.stepfunctions.parser.asl.component.state.exec.state_task.service import state_task_service_sqs
 from moto.stepfunctions.parser.asl.component.state.exec.state_task.service.state_task_service import StateTaskService
 from moto.stepfunctions.parser.asl.component.state.exec.state_task.service.state_task_service_aws_sdk import (
     StateTaskServiceAwsSdk,
@@ -58,6 +59,7 @@ from moto.stepfunctions.parser.asl.eval.environment import Environment
 from moto.stepfunctions.parser.asl.eval.event.event_detail import EventDetails
 from moto.stepfunctions.parser.asl.jsonata.jsonata import JSONataException, extract_jsonata_variable_references
 from moto.stepfunctions.parser.asl.parse.asl_parser import AmazonStateLanguageParser
+from moto.stepfunctions.parser.asl.utils.encoding import to_json_str
 from moto.stepfunctions.parser.mocking.mock_config import MockedResponseReturn, MockedResponseThrow
 
 # This import also loads every module that imported a function that is replaced here by name.
@@ -471,7 +473,7 @@ lambda_eval_utils._invoke_lambda_function = invoke_lambda_function
 # Gap: JSONata has one kind of number, and no document says whether a whole one that it has computed comes as 3600 or as 3600.0.
 # Here it comes as the latter, under the names that state machines compute: what reads it so reads the other as well.
 
-COMPUTED = ("urlLifetimeSeconds", "connectedAt")
+COMPUTED = ("urlLifetimeSeconds", "connectedAt", "waitsUntil")
 
 _to_payload_type = lambda_eval_utils.to_payload_type
 
@@ -485,6 +487,7 @@ def as_computed(value):
 
 
 lambda_eval_utils.to_payload_type = lambda payload: _to_payload_type(as_computed(payload))
+state_task_service_sqs.to_json_str = lambda body: to_json_str(as_computed(body))
 
 
 # Gap: moto takes any name, calls every execution without a name `None`, and starts two executions when two requests with

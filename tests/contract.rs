@@ -2,6 +2,7 @@
 
 use aws_config::{BehaviorVersion, SdkConfig};
 use fleet::ErrorName;
+use fleet::devices::settings_api::TIME_BUDGET;
 use fleet::error::FINAL_AWS_ERRORS;
 use fleet::lambda::{batch, logged};
 use fleet::queue::DeadLetters;
@@ -419,6 +420,25 @@ fn no_call_takes_as_long_as_a_function_may_run() {
     assert!(fleet::aws::CALL_LIMIT.as_secs() < shortest);
 }
 
+/// However many devices come online and however the settings API is: no more than the mapping's concurrency wait for it, each for
+/// its budget at most, and a request is good for as long as its state waits.
+#[test]
+fn what_the_settings_api_can_hold_up_is_bounded() {
+    let mapping = &resources("AWS::Lambda::EventSourceMapping")["SettingsRequestsQueueMapping"]["Properties"];
+    let bound = serde_json::json!({"MaximumConcurrency": "SettingsApiConcurrency"});
+    assert_eq!((&mapping["BatchSize"], &mapping["ScalingConfig"]), (&serde_json::json!(1), &bound));
+    let function = &resources("AWS::Serverless::Function")["GetDeviceSettingsFunction"]["Properties"];
+    assert!(function.get("Events").is_none(), "nothing else invokes it");
+    let timeout = function["Timeout"].as_u64().expect("Timeout");
+    assert!(TIME_BUDGET.as_secs() + fleet::aws::CALL_LIMIT.as_secs() < timeout);
+    let queue = &resources("AWS::SQS::Queue")["SettingsRequestsQueue"]["Properties"];
+    assert_eq!(queue["VisibilityTimeout"], 6 * timeout);
+    let machines = state_machines();
+    let state = machines.iter().find_map(|(_, machine)| machine["States"].get("GetSettings")).expect("GetSettings");
+    let wait = state["TimeoutSeconds"].as_u64().expect("TimeoutSeconds");
+    assert_eq!(state["Arguments"]["MessageBody"]["waitsUntil"], format!("{{% $millis() + {wait}000 %}}"));
+}
+
 /// A dashboard that CloudWatch cannot read is deployed all the same, and is empty.
 #[test]
 fn the_dashboard_is_json_and_shows_metrics_that_there_are() {
@@ -817,9 +837,13 @@ fn a_role_allows_what_its_function_calls_and_nothing_else() {
         (
             "GetDeviceSettingsFunction",
             &[
+                "SQSPollerPolicy on SettingsRequestsQueue.QueueName",
+                "SQSSendMessagePolicy on DeadLetterQueue.QueueName",
                 "dynamodb:UpdateItem on SettingsTable.Arn",
                 "kms:Decrypt on SettingsApiKmsKeyArn",
                 "secretsmanager:GetSecretValue on SettingsApiKeySecretArn",
+                "states:SendTaskFailure on ConfigPush",
+                "states:SendTaskSuccess on ConfigPush",
             ],
         ),
         (

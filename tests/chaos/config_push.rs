@@ -19,6 +19,7 @@ use tests::{Cloud, MqttDevice, Proxy, saw};
 /// The calls of a push that are about its device.
 const POINTS: &[Point] = &[
     (None, "lambda.Invoke"),
+    (None, "sqs.SendMessage"),
     (Some("TrackPresence"), "dynamodb.GetItem"),
     (Some("TrackPresence"), "dynamodb.UpdateItem"),
     (Some("TrackPresence"), "sqs.SendMessage"),
@@ -26,6 +27,7 @@ const POINTS: &[Point] = &[
     (Some("StartWorkflow"), "states.StartExecution"),
     (Some("GetDeviceSettings"), "dynamodb.GetItem"),
     (Some("GetDeviceSettings"), "dynamodb.UpdateItem"),
+    (Some("GetDeviceSettings"), "states.SendTaskSuccess"),
     (Some("PublishToDevice"), "dynamodb.UpdateItem"),
     (Some("PublishToDevice"), "iotdata.Publish"),
     (Some("HandleDeviceResponse"), "dynamodb.GetItem"),
@@ -344,7 +346,8 @@ fn event(thing: &ThingName, kind: &str, item: &HashMap<String, AttributeValue>) 
 
 impl Workflow for ConfigPush {
     const NAME: &'static str = "config";
-    const QUEUES: &'static [&'static str] = &["PresenceQueue", "SessionsQueue", "DeviceResponsesQueue"];
+    const QUEUES: &'static [&'static str] =
+        &["PresenceQueue", "SessionsQueue", "SettingsRequestsQueue", "DeviceResponsesQueue"];
     type Plan = Plan;
 
     fn cloud(&self) -> &Cloud {

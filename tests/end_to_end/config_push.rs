@@ -3,10 +3,11 @@
 //! `cargo xtask test` runs these tests; they need its local cloud.
 #![allow(clippy::unwrap_used)]
 
-use aws_sdk_iot::types::AttributePayload;
+use aws_sdk_iot::types::{AttributePayload, JobExecutionStatus};
 use aws_sdk_sfn::types::ExecutionStatus::{Failed, Running, Succeeded};
 use aws_sdk_sfn::types::HistoryEventType;
 use base64::{Engine, prelude::BASE64_STANDARD};
+use device_simulator::provision::ProtocolMix;
 use device_simulator::settings_api::ApiFault;
 use device_simulator::{DeviceSpec, Fault, Faults};
 use fleet::devices::settings::{Push, SettingsTable};
@@ -475,8 +476,9 @@ async fn the_settings_api_has_its_faults() {
         }
         let times = api.request_times(&profile(&spec.thing));
         assert_eq!(times.len(), *requests, "{faults:?}");
-        // It was asked again when it had said, and not before.
-        if let Some(ApiFault::TooManyRequests { retry_after }) = faults.first() {
+        // It was asked again when it had said, and not before. What is longer than a call may take, nobody waits for: the state
+        // machine has waits of its own.
+        if let Some(ApiFault::TooManyRequests { retry_after: retry_after @ ..10 }) = faults.first() {
             assert!(times[1] - times[0] >= Duration::from_secs(*retry_after), "{faults:?}");
         }
         assert!(pushed.error.1.len() < 1000, "{pushed:?}");
@@ -488,7 +490,7 @@ async fn the_settings_api_has_its_faults() {
 #[ignore = "needs the local cloud: cargo xtask test"]
 async fn a_thing_without_a_profile_and_no_thing_at_all() {
     let cloud = Cloud::connect().await;
-    let (_, devices) = cloud.provision("no-profile", 1, device_simulator::provision::ProtocolMix::Mixed).await;
+    let (_, devices) = cloud.provision("no-profile", 1, ProtocolMix::Mixed).await;
     let pushed = cloud.ended_push(&cloud.start_push(&devices[0].thing, json!({})).await).await;
     let cause = format!("the thing {} has no attribute externalId", devices[0].thing);
     assert_eq!((pushed.status.clone(), error_of(&pushed)), (Failed, ("ExternalIdMissing", cause.as_str())));
@@ -580,6 +582,54 @@ async fn killed_functions_lose_no_push() {
     }
     assert_eq!(proxy.disturbed().await[prefix].len(), kills.len());
     fleet.stop().await;
+}
+
+/// How many may ask the settings API at once: the template's `SettingsApiConcurrency`, as long as nobody gives it another value.
+const AT_ONCE: usize = 5;
+
+/// A settings API that takes requests and never answers holds up those who wait for it, few at a time, and no upgrade. When it is
+/// back, every device gets its settings.
+#[tokio::test]
+#[ignore = "needs the local cloud: cargo xtask test"]
+async fn an_upgrade_ends_while_the_settings_api_hangs() {
+    const PUSHES: usize = 40;
+    let _others_wait = tests::without_others().await;
+    let cloud = Cloud::connect().await;
+    let (group, others) = cloud.provision("hang-upgrade", 4, ProtocolMix::Mixed).await;
+    let others_things = names(&others);
+    let image = cloud.upload("2.0.0", 10_000).await;
+    let upgrades = Cloud::run(others, 1).await;
+    Cloud::all_connected(&upgrades).await;
+    let devices = cloud.provision_with_profiles("hang", PUSHES).await;
+    let things = names(&devices);
+    for thing in &things {
+        Cloud::wants(thing, temperature(14.5));
+    }
+    let prefix = things[0].as_str().rsplit_once('-').unwrap().0;
+    let api = settings_api();
+    let hang = api.hang(&format!("user-{prefix}-"));
+    let fleet = Cloud::run(devices, 0).await;
+    eventually("as many calls hang as may", || async {
+        saw(format!("{} calls at once", api.most_at_once()));
+        (api.most_at_once() >= AT_ONCE).then_some(())
+    })
+    .await;
+    let job = cloud.create_job(&group, &image, json!({})).await;
+    for (thing, ended) in cloud.ended(&job, &others_things).await {
+        assert_eq!(ended, tests::Ended::new(JobExecutionStatus::Succeeded, "Upgraded"), "{thing}");
+    }
+    assert!(things.iter().all(|thing| fleet.applied(thing) == 0), "the API hangs");
+    assert_eq!(api.most_at_once(), AT_ONCE);
+    drop(hang);
+    for thing in &things {
+        let pushes = cloud.pushed(thing, 1).await;
+        assert!(pushes.len() == 1 && pushes[0].status == Succeeded, "{pushes:?}");
+        assert_eq!(fleet.applied(thing), 1, "{thing}");
+    }
+    assert_eq!(api.most_at_once(), AT_ONCE);
+    assert_eq!(cloud.dead_letters(prefix).await, 0);
+    fleet.stop().await;
+    upgrades.stop().await;
 }
 
 /// What the table of settings should do to an item, in plain words.

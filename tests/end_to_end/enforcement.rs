@@ -363,6 +363,7 @@ const CALLS: &[&str] = &[
     "sqs:ReceiveMessage QuarantineQueue",
     "sqs:ReceiveMessage RemediationChecksQueue",
     "sqs:ReceiveMessage SessionsQueue",
+    "sqs:ReceiveMessage SettingsRequestsQueue",
     "sqs:ReceiveMessage SucceededUpdatesQueue",
     "sqs:ReceiveMessage TelemetryQueue",
     "sqs:ReceiveMessage Tenant1AnswersQueue",
@@ -376,6 +377,7 @@ const CALLS: &[&str] = &[
     "sqs:SendMessage PresenceQueue",
     "sqs:SendMessage RemediationChecksQueue",
     "sqs:SendMessage SessionsQueue",
+    "sqs:SendMessage SettingsRequestsQueue",
     "sqs:SendMessage SucceededUpdatesQueue",
     "sqs:SendMessage TelemetryQueue",
     "sqs:SendMessage Tenant1AnswersQueue",
@@ -422,7 +424,14 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "s3:ListBucket FirmwareBucket",
         ],
     ),
-    ("GetDeviceSettingsFunctionRole", &["dynamodb:UpdateItem SettingsTable"]),
+    (
+        "GetDeviceSettingsFunctionRole",
+        &[
+            "dynamodb:UpdateItem SettingsTable",
+            "sqs:ReceiveMessage SettingsRequestsQueue",
+            "sqs:SendMessage DeadLetterQueue",
+        ],
+    ),
     (
         "HandleDeviceResponseFunctionRole",
         &[
@@ -573,8 +582,8 @@ const ALLOWED: &[(&str, &[&str])] = &[
         &[
             "dynamodb:GetItem SettingsTable",
             "iot:DescribeThing thing",
-            "lambda:InvokeFunction GetDeviceSettingsFunction",
             "lambda:InvokeFunction PublishToDeviceFunction",
+            "sqs:SendMessage SettingsRequestsQueue",
         ],
     ),
     (

@@ -117,8 +117,12 @@ fn busy() -> Value {
 
 /// What get-device-settings answers.
 fn settings(changed: &Value) -> Value {
-    let payload = json!({"settings": {"A": 1, "B": 2}, "changed": changed, "source": "API"});
-    result(&json!({"StatusCode": 200, "Payload": payload}))
+    result(&json!({"settings": {"A": 1, "B": 2}, "changed": changed, "source": "API"}))
+}
+
+/// What it says of a failure.
+fn failure(name: &str) -> Value {
+    error(name, "what the function said")
 }
 
 /// The way of a push up to its wait, and then on.
@@ -155,11 +159,11 @@ async fn what_was_throttled_killed_or_slow_in_a_push_is_tried_again() {
     let slow = || error("Iot.ThrottlingException", "slow down");
     let killed = || error("Runtime.ExitError", "signal: killed");
     let too_long = || error("Sandbox.Timedout", "after 35.00 seconds");
-    let ours = |name| function_error(name);
     push(vec![
         one("ReadDevice", vec![slow(), timeout(), slow(), read()], pushed(&[]), Ok("SUCCESS")),
-        one("GetSettings", vec![busy(), killed(), too_long(), got()], pushed(&[]), Ok("SUCCESS")),
-        one("GetSettings", vec![ours("Throttled"), ours("ServiceUnavailable"), got()], pushed(&[]), Ok("SUCCESS")),
+        one("GetSettings", vec![error("SQS.SdkClientException", "slow down"), got()], pushed(&[]), Ok("SUCCESS")),
+        // Its request was lost, or waited in the queue for too long.
+        one("GetSettings", vec![timeout(), timeout(), got()], pushed(&[]), Ok("SUCCESS")),
         one("PushSettings", vec![killed(), busy(), too_long(), result(&json!({}))], pushed(&[]), Ok("SUCCESS")),
         one("PushSettings", vec![timeout(), timeout(), result(&json!({}))], pushed(&[]), Ok("SUCCESS")),
     ])
@@ -173,17 +177,17 @@ async fn every_end_of_a_configuration_push() {
     let got = |end: &'static str| vec!["IsDeviceKnown", "ReadDevice", "GetSettings", end];
     let failed = "ConfigPushFailed";
     let unchanged = vec!["IsDeviceKnown", "ReadDevice", "GetSettings", "IsPushNeeded", "SettingsUnchanged"];
-    let superseded = || vec![function_error("SessionSuperseded")];
+    let superseded = |error: fn(&str) -> Value| vec![error("SessionSuperseded")];
     let unread = |answer: Value| vec![("PushSettings", vec![timeout()]), ("ReadAnswers", vec![answer])];
     let aws = |name: &str| vec![error(name, "no")];
     let refused = error("SettingFailed", "A: the device failed with error 17");
     let mut paths = vec![
         one("GetSettings", vec![settings(&json!({}))], unchanged, Ok("UNCHANGED")),
-        one("GetSettings", superseded(), got("SessionSuperseded"), Ok("SUPERSEDED")),
-        one("PushSettings", superseded(), pushed(&["SessionSuperseded"]), Ok("SUPERSEDED")),
+        one("GetSettings", superseded(failure), got("SessionSuperseded"), Ok("SUPERSEDED")),
+        one("PushSettings", superseded(function_error), pushed(&["SessionSuperseded"]), Ok("SUPERSEDED")),
         one("ReadDevice", aws("Iot.ResourceNotFoundException"), read(failed), Err(("DeviceNotFound", "no thing t"))),
         one("ReadDevice", aws("Iot.UnauthorizedException"), read(failed), Err(("ServiceError", "Iot.Unauthorized"))),
-        one("GetSettings", aws("Lambda.ResourceNotFoundException"), got(failed), Err(("ServiceError", "Lambda."))),
+        one("GetSettings", vec![timeout()], got(failed), Err(("ServiceError", "States.Timeout"))),
         one(
             "PushSettings",
             vec![refused],
@@ -202,7 +206,7 @@ async fn every_end_of_a_configuration_push() {
         },
     ];
     for name in ["ExternalIdMissing", "ProfileNotFound", "SettingsApiRefused", "InvalidSettings", "ServiceError"] {
-        paths.push(one("GetSettings", vec![function_error(name)], got(failed), Err((name, "what the function said"))));
+        paths.push(one("GetSettings", vec![failure(name)], got(failed), Err((name, "what the function said"))));
     }
     for name in ["InvalidInput", "ServiceError"] {
         let end = Err((name, "what the function said"));

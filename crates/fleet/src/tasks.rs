@@ -36,6 +36,12 @@ impl Tasks {
         Self { client: aws_sdk_sfn::Client::new(config) }
     }
 
+    /// The tasks behind a client of the test's own.
+    #[cfg(test)]
+    pub(crate) fn of(client: aws_sdk_sfn::Client) -> Self {
+        Self { client }
+    }
+
     /// Ends a task with its output or its failure: `Applied`, or `Late` if it has ended already.
     pub async fn complete(&self, token: &str, result: Result<Value, Error>) -> Result<Outcome, Error> {
         match result {

@@ -1,10 +1,13 @@
 //! `GetDeviceSettingsFunction`
 
-use fleet::{aws, devices::get_device_settings, lambda};
+use fleet::{aws, devices::get_device_settings, lambda, queue::DeadLetters};
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<(), lambda_runtime::Error> {
-    let adapters =
-        &lambda::configured(async { get_device_settings::Adapters::from_environment(&aws::load().await) }).await?;
-    lambda::run(move |input| get_device_settings::handle(adapters, input)).await
+    let (adapters, dead_letters) = &lambda::configured(async {
+        let aws = aws::load().await;
+        Ok((get_device_settings::Adapters::from_environment(&aws)?, DeadLetters::from_environment(&aws)?))
+    })
+    .await?;
+    lambda::run_queue(dead_letters, move |body| async move { get_device_settings::handle(adapters, &body).await }).await
 }

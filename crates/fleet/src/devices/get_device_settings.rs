@@ -2,12 +2,18 @@
 
 use super::settings::SettingsTable;
 use super::settings_api::SettingsApi;
+use crate::aws::now_millis;
+use crate::error::unbuilt;
+use crate::lambda::{MAX_INPUT_BYTES, decode};
+use crate::queue::json;
+use crate::tasks::{Outcome, Tasks};
 use crate::{Error, ErrorName};
 use jsonschema::Validator;
 use protocol::ThingName;
 use protocol::settings::{SettingValue, Settings};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use serde_json::value::RawValue;
 
 /// The settings that there are, with their limits.
 const SCHEMA: &str = include_str!("../../settings.schema.json");
@@ -24,6 +30,7 @@ pub struct Adapters {
     /// None: the simulated profile.
     api: Option<SettingsApi>,
     schema: Schema,
+    tasks: Tasks,
 }
 
 impl Adapters {
@@ -31,32 +38,47 @@ impl Adapters {
     pub fn from_environment(config: &aws_config::SdkConfig) -> Result<Self, String> {
         let secret = crate::config::optional("SETTINGS_API_KEY_SECRET_ARN");
         let api = crate::config::optional("SETTINGS_API_URL").map(|url| SettingsApi::new(config, url, secret));
-        Ok(Self { api: api.transpose()?, ..Self::without_api(SettingsTable::from_environment(config)?)? })
+        Ok(Self {
+            api: api.transpose()?,
+            ..Self::without_api(SettingsTable::from_environment(config)?, Tasks::new(config))?
+        })
     }
 
-    /// That table, and the simulated profile.
-    pub fn without_api(table: SettingsTable) -> Result<Self, String> {
-        Ok(Self { table, api: None, schema: Schema::new()? })
+    /// That table and those tasks, and the simulated profile.
+    pub fn without_api(table: SettingsTable, tasks: Tasks) -> Result<Self, String> {
+        Ok(Self { table, api: None, schema: Schema::new()?, tasks })
     }
 }
 
-/// What a state machine asks for.
+/// A state's request, as it comes out of the queue.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct Request {
+    /// The waiting state's token.
+    task_token: String,
+    /// Until when the state waits, in Unix milliseconds.
+    #[serde(deserialize_with = "protocol::whole")]
+    waits_until: i64,
+    /// An [`Input`], read later: the state hears what is wrong with it.
+    device: Box<RawValue>,
+}
+
+/// The device that a state asks about.
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub struct Input {
-    /// The device.
-    pub thing_name: ThingName,
+struct Input {
+    thing_name: ThingName,
     /// The user's profile: the thing's attribute `externalId`, empty if it has none.
-    pub external_id: String,
+    external_id: String,
     /// When the session began, in Unix milliseconds.
     #[serde(deserialize_with = "protocol::whole")]
-    pub connected_at: i64,
+    connected_at: i64,
 }
 
 /// Where settings come from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]
-pub enum Source {
+enum Source {
     /// The settings API.
     Api,
     /// The simulated profile: no API is configured.
@@ -66,17 +88,42 @@ pub enum Source {
 /// What a state machine is told.
 #[derive(Debug, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Output {
+struct Output {
+    thing_name: ThingName,
     /// All that the user wants.
-    pub settings: Settings,
+    settings: Settings,
     /// What of it the device has not confirmed.
-    pub changed: Settings,
+    changed: Settings,
     /// Who said so.
-    pub source: Source,
+    source: Source,
+}
+
+/// Answers a request. The state hears what is wrong with the device or with the settings API; a request that AWS has refused for now
+/// stays in the queue. One that has waited longer than its state does costs no call of the API.
+pub async fn handle(adapters: &Adapters, request: &str) -> Result<(), Error> {
+    let Request { task_token, waits_until, device } = json("request for settings", request.as_bytes())?;
+    if waits_until <= now_millis() {
+        tracing::info!(device = device.get(), outcome = ?Outcome::Late, "its state waits no more");
+        return Ok(());
+    }
+    let result = match settings_of(adapters, &device).await {
+        Ok(output) => Ok(serde_json::to_value(output).map_err(unbuilt)?),
+        Err(error) if error.name.is_transient() && error.name != ErrorName::SettingsApiUnavailable => {
+            return Err(error);
+        }
+        Err(error) => {
+            tracing::warn!(device = device.get(), error = error.name.as_str(), message = error.message);
+            Err(error)
+        }
+    };
+    let outcome = adapters.tasks.complete(&task_token, result).await?;
+    tracing::info!(device = device.get(), ?outcome);
+    Ok(())
 }
 
 /// Gets the profile's settings, checks them and compares them with what the device has confirmed.
-pub async fn handle(adapters: &Adapters, input: Input) -> Result<Output, Error> {
+async fn settings_of(adapters: &Adapters, device: &RawValue) -> Result<Output, Error> {
+    let input: Input = decode(device.get(), MAX_INPUT_BYTES)?;
     if input.external_id.is_empty() {
         let message = format!("the thing {} has no attribute externalId", input.thing_name);
         return Err(Error::new(ErrorName::ExternalIdMissing, message));
@@ -96,7 +143,7 @@ pub async fn handle(adapters: &Adapters, input: Input) -> Result<Output, Error> 
             "no settings API is configured (parameter SettingsApiUrl): every user has the same simulated profile"
         );
     }
-    Ok(Output { settings, changed, source })
+    Ok(Output { thing_name: input.thing_name, settings, changed, source })
 }
 
 fn changed(settings: &Settings, confirmed: &Settings) -> Settings {
@@ -161,9 +208,12 @@ mod tests {
     use super::super::settings_api::{Refusal, read};
     use super::damage::{damaged, damages, within_memory};
     use super::*;
-    use aws_sdk_dynamodb::operation::update_item::UpdateItemOutput;
+    use aws_sdk_dynamodb::error::ErrorMetadata;
+    use aws_sdk_dynamodb::operation::update_item::{UpdateItemError, UpdateItemOutput};
     use aws_sdk_dynamodb::types::AttributeValue;
-    use aws_smithy_mocks::{mock, mock_client};
+    use aws_sdk_sfn::operation::send_task_failure::SendTaskFailureOutput;
+    use aws_sdk_sfn::operation::send_task_success::{SendTaskSuccessError, SendTaskSuccessOutput};
+    use aws_smithy_mocks::{Rule, mock, mock_client};
     use proptest::prelude::*;
     use proptest::sample::Index;
     use serde_json::json;
@@ -217,25 +267,87 @@ mod tests {
         assert!(error.message.chars().count() < 300 && error.message.ends_with('…'), "{}", error.message);
     }
 
-    #[tokio::test]
-    async fn without_an_api_everybody_has_the_simulated_profile() {
-        let claim = mock!(aws_sdk_dynamodb::Client::update_item)
+    /// What is sent to Step Functions, and what the table is asked for, when a request is answered.
+    async fn answered(request: Value, dynamodb: &[&Rule], sfn: &[&Rule]) -> Result<(), Error> {
+        let table = SettingsTable::of(mock_client!(aws_sdk_dynamodb, dynamodb), "settings".into());
+        let tasks = Tasks::of(mock_client!(aws_sdk_sfn, sfn));
+        handle(&Adapters::without_api(table, tasks).unwrap(), &request.to_string()).await
+    }
+
+    fn request(external_id: &str, waits_until: i64) -> Value {
+        let device = json!({"thingName": "gateway-1", "externalId": external_id, "connectedAt": 1.0});
+        json!({"taskToken": "token", "waitsUntil": waits_until, "device": device})
+    }
+
+    fn claim() -> Rule {
+        mock!(aws_sdk_dynamodb::Client::update_item)
             .match_requests(|request| request.update_expression().unwrap().contains("newestSession"))
             .then_output(|| {
                 let confirmed = AttributeValue::N("20".into());
                 UpdateItemOutput::builder().attributes("confirmed:SET_TEMP", confirmed).build()
-            });
-        let table = SettingsTable::of(mock_client!(aws_sdk_dynamodb, [&claim]), "settings".into());
-        let adapters = Adapters { table, api: None, schema: Schema::new().unwrap() };
-        let input = |external_id: &str| Input {
-            thing_name: "gateway-1".parse().unwrap(),
-            external_id: external_id.into(),
-            connected_at: 1,
-        };
-        let wanted = settings(json!({"SET_TEMP": 21.5}));
-        let expected = Output { settings: wanted.clone(), changed: wanted, source: Source::Simulated };
-        assert_eq!(handle(&adapters, input("user-1")).await, Ok(expected));
-        assert_eq!(handle(&adapters, input("")).await.unwrap_err().name, ErrorName::ExternalIdMissing);
+            })
+    }
+
+    fn succeeds() -> Rule {
+        mock!(aws_sdk_sfn::Client::send_task_success)
+            .match_requests(|request| {
+                let wanted = json!({"SET_TEMP": 21.5});
+                let output =
+                    json!({"thingName": "gateway-1", "settings": wanted, "changed": wanted, "source": "SIMULATED"});
+                let sent: Value = serde_json::from_str(request.output().unwrap()).unwrap();
+                request.task_token() == Some("token") && sent == output
+            })
+            .then_output(|| SendTaskSuccessOutput::builder().build())
+    }
+
+    fn fails(name: ErrorName) -> Rule {
+        mock!(aws_sdk_sfn::Client::send_task_failure)
+            .match_requests(move |request| {
+                request.task_token() == Some("token") && request.error() == Some(name.as_str())
+            })
+            .then_output(|| SendTaskFailureOutput::builder().build())
+    }
+
+    #[tokio::test]
+    async fn without_an_api_everybody_has_the_simulated_profile() {
+        let (claim, succeeds) = (claim(), succeeds());
+        answered(request("user-1", i64::MAX), &[&claim], &[&succeeds]).await.unwrap();
+        assert_eq!((claim.num_calls(), succeeds.num_calls()), (1, 1));
+    }
+
+    #[tokio::test]
+    async fn a_state_hears_what_is_wrong_with_its_device() {
+        for (device, name) in [
+            (request("", i64::MAX)["device"].clone(), ErrorName::ExternalIdMissing),
+            (json!({"thingName": "gateway 1"}), ErrorName::InvalidInput),
+        ] {
+            let fails = fails(name);
+            let request = json!({"taskToken": "token", "waitsUntil": i64::MAX, "device": device});
+            answered(request, &[], &[&fails]).await.unwrap();
+            assert_eq!(fails.num_calls(), 1, "{name}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_request_that_its_state_has_given_up_costs_no_call() {
+        answered(request("user-1", now_millis()), &[], &[]).await.unwrap();
+        let late = mock!(aws_sdk_sfn::Client::send_task_success)
+            .then_error(|| SendTaskSuccessError::generic(ErrorMetadata::builder().code("TaskTimedOut").build()));
+        answered(request("user-1", i64::MAX), &[&claim()], &[&late]).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn what_aws_refuses_for_now_is_not_told_to_the_state() {
+        let refused = mock!(aws_sdk_dynamodb::Client::update_item)
+            .then_error(|| UpdateItemError::generic(ErrorMetadata::builder().code("AccessDeniedException").build()));
+        let error = answered(request("user-1", i64::MAX), &[&refused], &[]).await.unwrap_err();
+        assert_eq!(error.name, ErrorName::ServiceError);
+    }
+
+    #[tokio::test]
+    async fn nobody_hears_of_a_request_that_has_no_token() {
+        let error = answered(json!({"waitsUntil": i64::MAX, "device": {}}), &[], &[]).await.unwrap_err();
+        assert_eq!(error.name, ErrorName::MalformedMessage);
     }
 
     #[test]

@@ -13,6 +13,7 @@ use fleet::jobs::{create_job, update_job};
 use fleet::lambda::{MAX_BATCH_BYTES, MAX_INPUT_BYTES, QueuedMessage, SqsEvent, batch, decode};
 use fleet::queue::{DeadLetters, Queue};
 use fleet::recovery::{Limits, RecoveryTable, Registry, record_success, restore_attributes, retry_counter};
+use fleet::tasks::Tasks;
 use fleet::telemetry::{check_remediation, ingest_telemetry, remediate};
 use fleet::workflows::started::StartedOperations;
 use fleet::workflows::{rendezvous::Rendezvous, start_workflow, stop_workflow, store_task_token};
@@ -24,8 +25,9 @@ use ureq::http::{Request, Response, Uri};
 pub(crate) const NOW: i64 = 1_764_000_000_000;
 
 /// The functions behind queues.
-pub(crate) const QUEUED: [&str; 8] = [
+pub(crate) const QUEUED: [&str; 9] = [
     "check-remediation",
+    "get-device-settings",
     "handle-device-response",
     "ingest-telemetry",
     "record-success",
@@ -36,12 +38,11 @@ pub(crate) const QUEUED: [&str; 8] = [
 ];
 
 /// The others, and what all that are behind queues have in common.
-pub(crate) const INVOKED: [&str; 10] = [
+pub(crate) const INVOKED: [&str; 9] = [
     "any behind a queue",
     "await-device",
     "configure-iot",
     "create-job",
-    "get-device-settings",
     "publish-to-device",
     "remediate",
     "restore-attributes",
@@ -187,7 +188,8 @@ impl Functions {
                 owns_device_topics: true,
             },
             waits: store_task_token::Adapters { rendezvous, registry: device_registry },
-            settings: get_device_settings::Adapters::without_api(settings).expect("the schema is good"),
+            settings: get_device_settings::Adapters::without_api(settings, Tasks::new(aws))
+                .expect("the schema is good"),
             counter: retry_counter::Adapters {
                 table: registry.table.clone(),
                 limits: Limits { attempts: 10, cycles: 2 },
@@ -201,6 +203,7 @@ impl Functions {
     pub(crate) async fn deliver(&self, function: &str, body: &str) -> Result<(), Error> {
         match function {
             "check-remediation" => check_remediation::handle(&self.remedies, body, NOW).await,
+            "get-device-settings" => get_device_settings::handle(&self.settings, body).await,
             "handle-device-response" => handle_device_response::handle(&self.responses, body).await,
             "ingest-telemetry" => {
                 let message = QueuedMessage { id: "m".to_owned(), body: body.to_owned() };
@@ -231,7 +234,6 @@ impl Functions {
             // Its answer would go to whatever address is given.
             "configure-iot" => one::<configure_iot::Input>(payload).map(drop),
             "create-job" => create_job::handle(&self.jobs, one(payload)?).await.map(drop),
-            "get-device-settings" => get_device_settings::handle(&self.settings, one(payload)?).await.map(drop),
             "publish-to-device" => publish_to_device::handle(&self.commands, one(payload)?).await,
             "remediate" => {
                 remediate::handle(&self.remedies, decode(payload, MAX_BATCH_BYTES)?, NOW).await;

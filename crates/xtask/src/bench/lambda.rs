@@ -110,6 +110,7 @@ fn event(binary: &str) -> Option<Value> {
     Some(match binary {
         // What nobody can read goes to the dead-letter queue.
         "check-remediation"
+        | "get-device-settings"
         | "handle-device-response"
         | "ingest-telemetry"
         | "record-success"
@@ -134,7 +135,6 @@ fn event(binary: &str) -> Option<Value> {
         "publish-to-device" => json!({
             "thingName": "bench", "operationId": "bench", "command": {"name": "CANCEL_DOWNLOAD", "protocol": "json"},
         }),
-        "get-device-settings" => json!({"thingName": "bench", "externalId": "bench", "connectedAt": 1}),
         // Nobody knows the device.
         "restore-attributes" => json!({"action": "release", "thingName": "bench"}),
         // No readings: what is measured is the way there and back.
