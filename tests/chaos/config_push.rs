@@ -105,7 +105,7 @@ impl Plan {
                 let fails = kill.point().is_some_and(|(_, operation)| operation == "states.SendTaskFailure");
                 (Behaviour::Simulated(fails.then_some(DEVICE_FAULTS[0])), vec![kill])
             }
-            2 => (honest(), vec![Disturbance::refuse(random, POINTS)]),
+            2 => (honest(), vec![Disturbance::fail(random, POINTS)]),
             3 => (flapping(random), vec![]),
             4 => (Behaviour::Simulated(DEVICE_FAULTS.choose(random).copied()), vec![]),
             _ => {

@@ -9,6 +9,9 @@ use std::fmt;
 /// A call that a workflow makes: part of the function's name, and the operation. Without a function, a state machine's own task.
 pub(crate) type Point = (Option<&'static str>, &'static str);
 
+/// How long an outage lasts in a slice of the cases, in seconds; the long run says so itself.
+const OUTAGE_SECONDS: u64 = 25;
+
 /// Calls that are disturbed. Without a point, whichever call about the subject comes at that place.
 #[derive(Debug, Clone)]
 pub(crate) struct Disturbance {
@@ -58,6 +61,32 @@ impl Disturbance {
         Self::somewhere(random, points, effect, times)
     }
 
+    /// An API that is out for longer than any retry within a call (eight seconds, `fleet::aws::CALL_LIMIT`): three times as long and
+    /// more. What goes on then goes on because a queue delivers again, or a state is tried again.
+    pub(crate) fn outage(random: &mut StdRng, points: &[Point]) -> Self {
+        let point = points.choose(random).copied();
+        let effect = if random.random() { Effect::Outage } else { Effect::ThrottleFor };
+        Self { point, skip: random.random_range(0..2), times: 0, effect: effect(outage_milliseconds()) }
+    }
+
+    /// An API that fails for a short time or for a long one.
+    pub(crate) fn fail(random: &mut StdRng, points: &[Point]) -> Self {
+        if random.random() { Self::outage(random, points) } else { Self::refuse(random, points) }
+    }
+
+    /// The account's calls of every API are refused, whatever they are about.
+    pub(crate) fn of_the_account() -> Rule {
+        Rule {
+            name: "account".to_owned(),
+            contains: String::new(),
+            function: Some(String::new()),
+            operation: None,
+            skip: 0,
+            times: 0,
+            effect: Effect::ThrottleFor(outage_milliseconds()),
+        }
+    }
+
     fn somewhere(random: &mut StdRng, points: &[Point], effect: Effect, times: u32) -> Self {
         let named = random.random_bool(0.6);
         let point = if named { points.choose(random).copied() } else { None };
@@ -81,6 +110,11 @@ impl Disturbance {
     }
 }
 
+fn outage_milliseconds() -> u64 {
+    let seconds = std::env::var("FLEETFLOW_CHAOS_OUTAGE_SECONDS").ok();
+    seconds.map_or(OUTAGE_SECONDS, |text| text.parse().expect("a number of seconds")) * 1000
+}
+
 /// The points that are calls of functions.
 fn of_functions(points: &[Point]) -> Vec<Point> {
     points.iter().copied().filter(|(function, _)| function.is_some()).collect()
@@ -89,7 +123,10 @@ fn of_functions(points: &[Point]) -> Vec<Point> {
 impl fmt::Display for Disturbance {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { point, skip, times, effect } = self;
-        write!(f, "{effect:?} {times}x from call {} of ", skip + 1)?;
+        match effect {
+            Effect::Outage(_) | Effect::ThrottleFor(_) => write!(f, "{effect:?} from call {} of ", skip + 1)?,
+            _ => write!(f, "{effect:?} {times}x from call {} of ", skip + 1)?,
+        }
         f.write_str(&point.map_or_else(|| "any".to_owned(), name))
     }
 }

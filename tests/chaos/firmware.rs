@@ -125,7 +125,7 @@ impl Plan {
                 let kill = Disturbance::kill_in_turn(random, POINTS, number / 6);
                 (kill.point().map_or(Behaviour::Simulated(None), reaching), vec![kill])
             }
-            2 => (Behaviour::Simulated(None), vec![Disturbance::refuse(random, POINTS)]),
+            2 => (Behaviour::Simulated(None), vec![Disturbance::fail(random, POINTS)]),
             3 => (flapping(random), vec![]),
             4 => (faulty(random), vec![]),
             _ => {

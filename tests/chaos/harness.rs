@@ -15,6 +15,7 @@ use std::future::Future;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::panic::AssertUnwindSafe;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use tests::{Cloud, Proxy, saw, statuses};
@@ -22,6 +23,11 @@ use tests::{Cloud, Proxy, saw, statuses};
 /// How many cases a slice has, how many run at the same time, and with which seed.
 const QUICK_CASES: usize = 8;
 const AT_ONCE: usize = 80;
+/// In a run of so many cases the account's rate is used up once, in the midst of the first ones.
+const LONG_RUN: usize = 100;
+const ACCOUNT_THROTTLED_AFTER: Duration = Duration::from_secs(20);
+/// All workflows share the account.
+static ACCOUNT_IS_THROTTLED: AtomicBool = AtomicBool::new(false);
 const SEED: u64 = 7;
 /// What has not ended by then is stuck: longer than all deadlines of a workflow, one after the other.
 const LIMIT: Duration = Duration::from_mins(20);
@@ -256,6 +262,12 @@ pub(crate) async fn prove<W: Workflow>(workflow: W) {
             (case, W::plan(&mut run.random(W::NAME, *number), *number))
         })
         .collect();
+    if cases.len() >= LONG_RUN && !ACCOUNT_IS_THROTTLED.swap(true, Ordering::SeqCst) {
+        tokio::spawn(async {
+            tokio::time::sleep(ACCOUNT_THROTTLED_AFTER).await;
+            Proxy::from_environment().disturb(&[Disturbance::of_the_account()]).await;
+        });
+    }
     let mut failures = BTreeMap::new();
     let mut ended = 0;
     let mut verdicts =

@@ -174,7 +174,7 @@ impl Plan {
                 let kill = Disturbance::kill_in_turn(random, POINTS, number / 6);
                 (kill.point().and_then(reaching).unwrap_or_else(|| honest(random)), vec![kill])
             }
-            2 => (honest(random), vec![Disturbance::refuse(random, POINTS)]),
+            2 => (honest(random), vec![Disturbance::fail(random, POINTS)]),
             3 => (leased(random), vec![]),
             4 => (real(random), vec![]),
             _ => {

@@ -126,7 +126,7 @@ impl Plan {
             _ => {}
         }
         if matches!(number % 5, 2 | 4) {
-            plan.disturb(random, Disturbance::refuse);
+            plan.disturb(random, Disturbance::fail);
         }
         for _ in 0..random.random_range(2..=8) {
             let one = kinds.choose(random).unwrap()(random, &plan.moves);

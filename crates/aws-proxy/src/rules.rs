@@ -3,6 +3,7 @@
 use crate::calls::Operation;
 use memchr::memmem;
 use serde::{Deserialize, Serialize};
+use std::time::{Duration, Instant};
 
 /// A rule. Of the calls that it matches it leaves the first `skip` alone, and disturbs `times` after them.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -41,6 +42,10 @@ pub enum Effect {
     Throttle,
     /// The API fails with an error of its own.
     Unavailable,
+    /// The API fails for so many milliseconds from the first of the calls on, however often it is called: `times` does not count.
+    Outage(u64),
+    /// The same, with a refusal for the rate.
+    ThrottleFor(u64),
     /// The call is carried out, and its connection breaks before the answer. Matches calls of functions only: Step Functions sees to
     /// the connections of its own tasks itself.
     LoseAnswer,
@@ -62,11 +67,14 @@ pub struct State {
     pub matched: u32,
     /// The calls that it has disturbed: function and operation.
     pub disturbed: Vec<String>,
+    /// When an outage has begun.
+    #[serde(skip)]
+    began: Option<Instant>,
 }
 
 impl From<Rule> for State {
     fn from(rule: Rule) -> Self {
-        Self { rule, matched: 0, disturbed: Vec::new() }
+        Self { rule, matched: 0, disturbed: Vec::new(), began: None }
     }
 }
 
@@ -96,7 +104,13 @@ impl State {
         }
         self.matched += 1;
         let Rule { skip, times, effect, .. } = self.rule;
-        if self.matched <= skip || self.matched > skip.saturating_add(times) {
+        let is_over = match effect {
+            Effect::Outage(milliseconds) | Effect::ThrottleFor(milliseconds) if self.matched > skip => {
+                self.began.get_or_insert_with(Instant::now).elapsed() >= Duration::from_millis(milliseconds)
+            }
+            _ => self.matched > skip.saturating_add(times),
+        };
+        if self.matched <= skip || is_over {
             return None;
         }
         let Operation { service, name } = call.operation;
@@ -133,6 +147,17 @@ mod tests {
                 .collect();
         assert_eq!(effects, [false, false, true, true, false]);
         assert_eq!((state.matched, state.disturbed.len()), (4, 2));
+    }
+
+    #[test]
+    fn an_outage_lasts_as_long_as_it_lasts_and_no_longer() {
+        let operation = Operation { service: "iot".into(), name: "DescribeThing".into() };
+        let call = Call { function: None, operation: &operation, path: "/thing-1", body: b"" };
+        let mut state = State::from(rule(Effect::Outage(60_000)));
+        let effects: Vec<_> = (0..5).map(|_| state.effect(&call).is_some()).collect();
+        assert_eq!(effects, [false, true, true, true, true], "{state:?}");
+        let mut state = State::from(rule(Effect::Outage(0)));
+        assert_eq!([state.effect(&call), state.effect(&call)], [None, None]);
     }
 
     #[test]

@@ -319,6 +319,9 @@ fn start_processes(
     Ok(CloudProcesses { stepfunctions, ministack, proxy })
 }
 
+/// The variable that bounds how many functions run at once, as AWS does it with an account.
+const LAMBDA_CONCURRENCY: &str = "FLEETFLOW_LAMBDA_CONCURRENCY";
+
 fn ministack(project: &Project, venvs: &Venvs, run: &Run, ports: &Ports) -> Command {
     let mut command = project.tool(&venvs.cloud, "python");
     command
@@ -335,8 +338,8 @@ fn ministack(project: &Project, venvs: &Venvs, run: &Run, ports: &Ports) -> Comm
         .env("AWS_ENDPOINT_URL", url(ports.called()[0]))
         .env("AWS_ENDPOINT_URL_SFN", url(ports.called()[1]))
         .env("AWS_LAMBDA_LOG_FORMAT", "JSON")
-        // Gap: a call that the emulator throttles fails under a name that AWS does not use, so nothing retries it.
-        .env("LAMBDA_ACCOUNT_CONCURRENCY", "0")
+        // How many functions run at once in all; the emulator would take it from the machine's memory. 0: any number.
+        .env("LAMBDA_ACCOUNT_CONCURRENCY", std::env::var(LAMBDA_CONCURRENCY).unwrap_or_else(|_| "0".to_owned()))
         // Each running function holds a thread, and its own calls need others.
         .env("MINISTACK_WORKER_THREADS", "256")
         .env("TMPDIR", run.file("tmp"))

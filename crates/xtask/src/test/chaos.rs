@@ -14,13 +14,13 @@ use crate::project::Project;
 use crate::settings_api::SettingsApi;
 
 /// Template parameters of the long run. Deadlines leave room for a message that is delivered again a few times, since so many
-/// cases at the same time kill the functions that handle each other's messages.
+/// cases at the same time kill the functions that handle each other's messages; and for an outage.
 const PARAMETERS: &[(&str, &str)] = &[
-    ("AcknowledgeTimeoutSeconds", "120"),
+    ("AcknowledgeTimeoutSeconds", "8"),
     ("TransferTimeoutSeconds", "240"),
     ("InstallTimeoutSeconds", "240"),
     ("RebootTimeoutSeconds", "240"),
-    ("SettingTimeoutSeconds", "90"),
+    ("SettingTimeoutSeconds", "8"),
     ("ParkingSeconds", "30"),
     ("SettlingSeconds", "3"),
     ("WorkerTimeoutSeconds", "300"),
@@ -30,6 +30,9 @@ const PARAMETERS: &[(&str, &str)] = &[
     ("TemperatureCoolDownSeconds", "4"),
     ("RemediationEffectSeconds", "3"),
 ];
+/// How long an API is out in the long run: to these deadlines about what an hour is to those of the template. Only queues deliver again
+/// after a minute, here as there.
+const OUTAGE_SECONDS: &str = "150";
 /// What the names of these tests, and of no others, have in them.
 pub(super) const NAMES: &str = "_under_faults";
 /// How many workflows of the long run are tried at the same time.
@@ -61,6 +64,7 @@ pub(super) fn chaos(project: &Project, options: &TestOptions, cases: u32, passed
     let stack = Stack::deployed(project, PARAMETERS, passed)?;
     let mut tests = tests(project, options, &stack.cloud, &stack.settings_api, AT_ONCE);
     tests.env("FLEETFLOW_CHAOS_CASES", cases.to_string()).env("FLEETFLOW_CHAOS_REPORTS", &reports);
+    tests.env("FLEETFLOW_CHAOS_OUTAGE_SECONDS", OUTAGE_SECONDS);
     tests.envs(options.case.map(|case| ("FLEETFLOW_CHAOS_CASE", case.to_string())));
     let outcome = passed.command(project, "Made-up faults", tests);
     println!("\n{}\n", console::table(&COLUMNS.map(String::from), &rows(&reports)?));
