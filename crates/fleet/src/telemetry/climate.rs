@@ -57,6 +57,9 @@ struct Control {
     /// The first action whose effect has not been seen.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     unproved: Option<Unproved>,
+    /// Why people are to be told, if they have not been.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    untold: Option<Reason>,
 }
 
 /// An action, and how far off the value was.
@@ -108,6 +111,7 @@ impl Control {
         if is_back {
             self.phase = Phase::Calm;
             self.unproved = None;
+            self.untold = None;
             return Decision::Nothing;
         }
         if self.phase == Phase::Escalated {
@@ -133,6 +137,7 @@ impl Control {
     fn escalate(&mut self, reason: Reason) -> Decision {
         self.phase = Phase::Escalated;
         self.unproved = None;
+        self.untold = Some(reason);
         Decision::Escalate(reason)
     }
 
@@ -147,13 +152,11 @@ impl Control {
         }
     }
 
-    /// Whether nothing has shown the effect of that remedy, and people are to be told now.
-    fn is_overdue(&mut self, remedy: &str) -> bool {
-        let is_overdue = self.unproved.take_if(|unproved| unproved.remedy == remedy).is_some();
-        if is_overdue {
-            self.phase = Phase::Escalated;
+    /// If nothing has shown the effect of that remedy by now, people are to be told.
+    fn check(&mut self, remedy: &str) {
+        if self.unproved.take_if(|unproved| unproved.remedy == remedy).is_some() {
+            self.escalate(Reason::NoReading);
         }
-        is_overdue
     }
 }
 
@@ -196,6 +199,9 @@ pub(crate) struct Climate {
     temperature: Control,
     #[serde(default)]
     humidity: Control,
+    /// When people were last told, in Unix milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    told_at: Option<i64>,
     /// What has been decided, and is not done yet.
     #[serde(default)]
     pending: Vec<Remedy>,
@@ -227,28 +233,35 @@ impl Climate {
             (Metric::Temperature, self.temperature.decide(&rules.temperature, observation(sample.temperature), &id)),
             (Metric::Humidity, self.humidity.decide(&rules.humidity, observation(sample.humidity), &id)),
         ];
-        let mut remedy = Remedy { id, decided_at: now, sample: sample.clone(), act_on: vec![], escalate: vec![] };
-        for (metric, decision) in decisions {
-            match decision {
-                Decision::Nothing => {}
-                Decision::Act => remedy.act_on.push(metric),
-                Decision::Escalate(reason) => remedy.escalate.push((metric, reason)),
-            }
+        let act_on = decisions.into_iter().filter(|(_, decision)| *decision == Decision::Act);
+        let act_on = act_on.map(|(metric, _)| metric).collect();
+        let escalate = self.escalations(now);
+        self.decided(Remedy { id, decided_at: now, sample: sample.clone(), act_on, escalate });
+    }
+
+    /// What people are told now. They are told of a sensor once an hour: what comes to be in between waits, and is forgotten if it
+    /// passes. A sensor that is at the edge of its band would call them with each reading.
+    fn escalations(&mut self, now: i64) -> Vec<(Metric, Reason)> {
+        if self.told_at.is_some_and(|told_at| now < told_at + HOUR) {
+            return Vec::new();
         }
-        self.decided(remedy);
+        let controls = [(Metric::Temperature, &mut self.temperature), (Metric::Humidity, &mut self.humidity)];
+        let untold = controls.into_iter().filter_map(|(metric, control)| Some((metric, control.untold.take()?)));
+        let untold: Vec<_> = untold.collect();
+        if !untold.is_empty() {
+            self.told_at = Some(now);
+        }
+        untold
     }
 
     /// Sees whether the effect of a remedy has been seen meanwhile; if not, the sensor has been silent for too long. `now` is in
     /// Unix milliseconds.
     pub(crate) fn check(&mut self, remedy: &str, now: i64) {
         let Some(sample) = self.newest.clone() else { return };
-        let mut escalate = Vec::new();
-        for (metric, control) in [(Metric::Temperature, &mut self.temperature), (Metric::Humidity, &mut self.humidity)]
-        {
-            if control.is_overdue(remedy) {
-                escalate.push((metric, Reason::NoReading));
-            }
+        for control in [&mut self.temperature, &mut self.humidity] {
+            control.check(remedy);
         }
+        let escalate = self.escalations(now);
         self.decided(Remedy { id: format!("{remedy}#check"), decided_at: now, sample, act_on: vec![], escalate });
     }
 
@@ -256,6 +269,11 @@ impl Climate {
         if !remedy.act_on.is_empty() || !remedy.escalate.is_empty() {
             self.pending.push(remedy);
         }
+    }
+
+    /// Whether people are still to be told of something, when an hour has passed since they last were.
+    pub(crate) fn is_untold(&self) -> bool {
+        [&self.temperature, &self.humidity].iter().any(|control| control.untold.is_some())
     }
 
     /// What is not done yet, the oldest first.
@@ -422,10 +440,57 @@ mod tests {
         climate.done(&overdue, None);
         climate.check(&remedy.id, 9 * MINUTE);
         assert_eq!(climate.pending(), [], "once");
+        // Within the hour of the last word it is kept for later, whether a reading comes or not.
+        let mut told = heard.clone();
+        told.told_at = Some(0);
+        told.check(&remedy.id, 8 * MINUTE);
+        assert!(told.pending().is_empty() && told.is_untold());
+        told.check(&remedy.id, 60 * MINUTE);
+        assert_eq!(told.pending()[0].escalate, [(Metric::Temperature, Reason::NoReading)]);
+        assert!(!told.is_untold());
         // One whose effect has been seen is left alone.
         heard.follow(&rules(), &sample(4, "b", 25.0, 50.0), 4 * MINUTE);
         heard.check(&remedy.id, 8 * MINUTE);
         assert_eq!(heard.pending(), []);
+    }
+
+    /// A reading a second for two hours, each on the other side of the band's edge, of one metric and of the other.
+    #[test]
+    fn people_are_told_of_a_sensor_once_an_hour() {
+        let mut climate = Climate::default();
+        let mut told = Vec::new();
+        for second in 0..7200 {
+            let (temperature, humidity) = if second % 2 == 0 { (26.0, 50.0) } else { (21.0, 70.0) };
+            let now = second * 1000;
+            let sample = Sample { time: now, received_at: now, ..sample(0, "a", temperature, humidity) };
+            climate.follow(&rules(), &sample, now);
+            for remedy in climate.pending().to_vec() {
+                told.extend((!remedy.escalate.is_empty()).then_some(second));
+                climate.done(&remedy, Some(now));
+            }
+        }
+        assert_eq!(told.len(), 2, "{told:?}");
+        assert!(told[1] - told[0] >= 3600, "{told:?}");
+    }
+
+    /// What comes to be within the hour is told of when the hour is over, if it still is.
+    #[test]
+    fn an_escalation_within_the_hour_of_another_waits_for_its_end() {
+        let mut climate = Climate::default();
+        let mut escalated = |minute, temperature, humidity| {
+            climate.follow(&rules(), &sample(minute, "a", temperature, humidity), minute * MINUTE);
+            let pending = climate.pending().to_vec();
+            for remedy in &pending {
+                climate.done(remedy, Some(minute * MINUTE));
+            }
+            pending.into_iter().flat_map(|remedy| remedy.escalate).collect::<Vec<_>>()
+        };
+        assert_eq!(escalated(0, 26.0, 50.0), []);
+        assert_eq!(escalated(4, 26.0, 70.0), [(Metric::Temperature, Reason::NoEffect)]);
+        assert_eq!(escalated(8, 26.0, 70.0), [], "told a moment ago");
+        assert_eq!(escalated(63, 21.0, 70.0), []);
+        assert_eq!(escalated(64, 21.0, 70.0), [(Metric::Humidity, Reason::NoEffect)]);
+        assert_eq!(escalated(65, 21.0, 70.0), []);
     }
 
     #[test]

@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 pub(crate) const OLDEST: i64 = 10 * 60_000;
 /// The longest delay of a message in a queue, in seconds
 /// (<https://docs.aws.amazon.com/AWSSimpleQueueService/latest/APIReference/API_SendMessage.html>).
-const LONGEST_DELAY: i64 = 900;
+pub(crate) const LONGEST_DELAY: i64 = 900;
 
 /// What the handler reaches.
 #[derive(Debug)]
@@ -81,6 +81,16 @@ impl Adapters {
     }
 }
 
+impl Adapters {
+    /// Has a check come in so many seconds.
+    pub(crate) async fn ask_for_check(&self, check: &Check, delay: i64) -> Result<(), Error> {
+        let body = serde_json::to_string(check).map_err(unbuilt)?;
+        let message = self.sqs.send_message().queue_url(&self.places.checks_queue_url).message_body(body);
+        let sent = message.delay_seconds(i32::try_from(delay).map_err(unbuilt)?).send().await;
+        sent.map(|_| ()).map_err(|error| aws("sqs:SendMessage", &error))
+    }
+}
+
 impl Rules {
     /// Those that the environment names.
     pub fn from_environment() -> Result<Self, String> {
@@ -131,9 +141,9 @@ async fn apply(adapters: &Adapters, remedy: &Remedy, is_late: bool) -> Result<()
     let Remedy { sample, act_on, escalate, .. } = remedy;
     let device = sample.device.as_str();
     // People first: they may be told twice, if the sensor then cannot be told.
-    for (metric, reason) in escalate {
-        tracing::warn!(outcome = "ESCALATED", device, ?metric, ?reason);
-        escalate_to_people(adapters, sample, *metric, *reason).await?;
+    if !escalate.is_empty() {
+        tracing::warn!(outcome = "ESCALATED", device, ?escalate);
+        escalate_to_people(adapters, sample, escalate).await?;
     }
     if is_late && !act_on.is_empty() {
         tracing::warn!(outcome = "EXPIRED", device, metrics = ?act_on);
@@ -157,12 +167,8 @@ async fn apply(adapters: &Adapters, remedy: &Remedy, is_late: bool) -> Result<()
 async fn ask_for_check(adapters: &Adapters, remedy: &Remedy) -> Result<(), Error> {
     let Rules { temperature, humidity } = &adapters.rules;
     let effect_after = temperature.effect_after.max(humidity.effect_after) / 1000;
-    let delay = i32::try_from((2 * effect_after).min(LONGEST_DELAY)).map_err(unbuilt)?;
     let check = Check { device: remedy.sample.device.clone(), remedy: remedy.id.clone() };
-    let body = serde_json::to_string(&check).map_err(unbuilt)?;
-    let message = adapters.sqs.send_message().queue_url(&adapters.places.checks_queue_url);
-    let sent = message.delay_seconds(delay).message_body(body).send().await;
-    sent.map(|_| ()).map_err(|error| aws("sqs:SendMessage", &error))
+    adapters.ask_for_check(&check, (2 * effect_after).min(LONGEST_DELAY)).await
 }
 
 async fn record(adapters: &Adapters, remedy: &Remedy) -> Result<(), Error> {
@@ -179,22 +185,30 @@ async fn record(adapters: &Adapters, remedy: &Remedy) -> Result<(), Error> {
     put.send().await.map(|_| ()).map_err(|error| aws("dynamodb:PutItem", &error))
 }
 
-async fn escalate_to_people(adapters: &Adapters, sample: &Sample, metric: Metric, reason: Reason) -> Result<(), Error> {
-    let Sample { device, building, temperature, humidity, .. } = sample;
+async fn escalate_to_people(adapters: &Adapters, sample: &Sample, escalate: &[(Metric, Reason)]) -> Result<(), Error> {
+    let Sample { device, building, .. } = sample;
+    let findings: Vec<String> =
+        escalate.iter().map(|escalation| finding(&adapters.rules, sample, *escalation)).collect();
+    let message = format!(
+        "At {device} (building {building}) {}. Nothing more is tried until it is back; you are told of this sensor once an hour at most.",
+        findings.join(", and ")
+    );
+    let publish = adapters.sns.publish().topic_arn(&adapters.places.alarm_topic_arn);
+    let publish = publish.subject("Remediation has not helped").message(message);
+    publish.send().await.map(|_| ()).map_err(|error| aws("sns:Publish", &error))
+}
+
+/// What is wrong with a metric, for people.
+fn finding(rules: &Rules, sample: &Sample, (metric, reason): (Metric, Reason)) -> String {
+    let Sample { temperature, humidity, .. } = sample;
     let (name, value, rule) = match metric {
-        Metric::Temperature => ("temperature", format!("{temperature} °C"), &adapters.rules.temperature),
-        Metric::Humidity => ("humidity", format!("{humidity} %"), &adapters.rules.humidity),
+        Metric::Temperature => ("temperature", format!("{temperature} °C"), &rules.temperature),
+        Metric::Humidity => ("humidity", format!("{humidity} %"), &rules.humidity),
     };
     let why = match reason {
         Reason::NoEffect => format!("no effect within {} s of the last remediation", rule.effect_after / 1000),
         Reason::NoReading => "no reading has come that could show an effect of the last remediation".to_owned(),
         Reason::TooManyActions => format!("{} remediations within an hour", rule.actions_an_hour),
     };
-    let message = format!(
-        "The {name} at {device} (building {building}) is {value}, expected {} ± {}: {why}. Nothing more is tried until it is back.",
-        rule.target, rule.band
-    );
-    let publish = adapters.sns.publish().topic_arn(&adapters.places.alarm_topic_arn);
-    let publish = publish.subject(format!("Remediation of {name} has not helped")).message(message);
-    publish.send().await.map(|_| ()).map_err(|error| aws("sns:Publish", &error))
+    format!("the {name} is {value}, expected {} ± {}: {why}", rule.target, rule.band)
 }
