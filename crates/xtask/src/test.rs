@@ -24,14 +24,14 @@ use crate::settings_api::SettingsApi;
 /// function had begun (a minute).
 const STEP_TIMEOUT_SECONDS: &str = "90";
 
-/// Template parameters of the end-to-end tests: deadlines of seconds, where AWS gets minutes and hours. Three attempts take
-/// longer than a queue waits before it delivers again what a killed function had begun.
+/// Template parameters of the end-to-end tests: deadlines of seconds, where AWS gets minutes and hours. Three attempts (of which each
+/// waits five times as long as the one before) take longer than a queue waits before it delivers again what a killed function had begun.
 const TEST_PARAMETERS: &[(&str, &str)] = &[
-    ("AcknowledgeTimeoutSeconds", "30"),
+    ("AcknowledgeTimeoutSeconds", "5"),
     ("TransferTimeoutSeconds", STEP_TIMEOUT_SECONDS),
     ("InstallTimeoutSeconds", STEP_TIMEOUT_SECONDS),
     ("RebootTimeoutSeconds", STEP_TIMEOUT_SECONDS),
-    ("SettingTimeoutSeconds", "45"),
+    ("SettingTimeoutSeconds", "5"),
     ("ParkingSeconds", "45"),
     ("WorkerTimeoutSeconds", "75"),
     ("WorkerHeartbeatSeconds", "45"),

@@ -20,7 +20,7 @@ use crate::project::Project;
 use crate::settings_api::SettingsApi;
 
 /// Nobody wants to watch the deadlines of the field pass.
-const PARAMETERS: &[(&str, &str)] = &[("SettingTimeoutSeconds", "10")];
+const PARAMETERS: &[(&str, &str)] = &[("SettingTimeoutSeconds", "5")];
 const ANSWER_DELAY: &str = "1s";
 const START_INTERVAL: Duration = Duration::from_millis(100);
 const START_LIMIT: Duration = Duration::from_secs(10);

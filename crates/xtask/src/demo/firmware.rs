@@ -24,7 +24,7 @@ const IMAGE_KEY: &str = "firmware/2.0.0";
 const IMAGE_SIZE: usize = 256 * 1024;
 /// Template parameters of the demonstration: nobody wants to watch the deadlines of the field pass.
 const PARAMETERS: &[(&str, &str)] = &[
-    ("AcknowledgeTimeoutSeconds", "30"),
+    ("AcknowledgeTimeoutSeconds", "5"),
     ("TransferTimeoutSeconds", "120"),
     ("InstallTimeoutSeconds", "60"),
     ("RebootTimeoutSeconds", "60"),
