@@ -42,6 +42,8 @@ enum Benchmark {
     Start,
     /// What each workflow takes of AWS for a device, and what that costs; `forecast` reads it from docs/counts.toml.
     Cost,
+    /// The worst that one device, one sensor and one worker can cause in a day, in USD.
+    WorstDay,
     /// Memory of the simulator for each device, time to connect and messages a second, with up to 10,000 devices.
     Simulator,
     /// Upgrades a second and their latency with 50, 200 and 1,000 devices in one job.
@@ -56,6 +58,7 @@ impl Benchmark {
             Self::Lambda => "lambda",
             Self::Start => "start",
             Self::Cost => "cost",
+            Self::WorstDay => "worst-day",
             Self::Simulator => "simulator",
             Self::Fleet => "fleet",
             Self::Storm => "storm",
@@ -91,6 +94,7 @@ pub(crate) fn bench(project: &Project, options: &BenchOptions) -> Result<()> {
             Benchmark::Lambda => lambda::measure(project)?,
             Benchmark::Start => start::measure(project)?,
             Benchmark::Cost => cost::measure(project)?,
+            Benchmark::WorstDay => cost::worst_day::measure(project)?,
             Benchmark::Simulator => simulator::measure(project)?,
             Benchmark::Fleet => fleet::measure(project)?,
             Benchmark::Storm => storm::measure(project)?,

@@ -3,6 +3,7 @@
 
 mod meter;
 mod paths;
+pub(super) mod worst_day;
 
 use std::collections::BTreeMap;
 use std::fs;

@@ -166,7 +166,8 @@ impl Reading {
         match (called.service.as_str(), called.name.as_str()) {
             ("dynamodb", _) => {
                 // A write whose condition is not met costs a unit, which the answer does not say.
-                let refused = if called.write_units > 0.0 { number(called.refused) } else { 0.0 };
+                let is_write = ["UpdateItem", "PutItem", "DeleteItem"].contains(&called.name.as_str());
+                let refused = if is_write { number(called.refused) } else { 0.0 };
                 self.amount("dynamodb-write-units", called.write_units + refused);
                 self.amount("dynamodb-read-units", called.read_units);
                 self.called("dynamodb.WriteUnits", called.write_units + refused);
