@@ -6,13 +6,12 @@ use fleet::devices::settings_api::TIME_BUDGET;
 use fleet::error::FINAL_AWS_ERRORS;
 use fleet::lambda::{batch, logged};
 use fleet::queue::DeadLetters;
-use fleet::recovery::Decision;
 use fleet::recovery::restore_attributes::{Action, Outcome};
 use fleet::telemetry::{METRICS, NAMESPACE, ingest_telemetry};
 use fleet::things::WrittenAttribute;
 use lambda_runtime::tracing::subscriber::{fmt, util::SubscriberInitExt};
 use protocol::events::EventType;
-use protocol::recovery::UpdateStatus;
+use protocol::recovery::{Decision, UpdateStatus};
 use protocol::telemetry::{readings_topic, remediations_topic};
 use protocol::{Step, protocol_of_topic};
 use serde_json::Value;
@@ -296,13 +295,13 @@ fn the_recovery_asks_for_actions_and_decisions_that_there_are() {
     for action in actions {
         assert!(serde_json::from_value::<Action>(action.clone()).is_ok(), "{action}");
     }
-    for (state, variable, names) in [
-        ("ChooseAction", "decision", vec![json(Decision::Park), json(Decision::Quarantine)]),
-        ("IsQuarantined", "outcome", vec![json(Outcome::Quarantined)]),
+    for (state, value, names) in [
+        ("ChooseAction", "$states.input.decision", vec![json(Decision::Park), json(Decision::Quarantine)]),
+        ("IsQuarantined", "$outcome", vec![json(Outcome::Quarantined)]),
     ] {
         let choices = file["States"][state]["Choices"].as_array().expect("choices");
         let conditions: Vec<&str> = choices.iter().filter_map(|choice| choice["Condition"].as_str()).collect();
-        let expected: Vec<String> = names.iter().map(|name| format!("{{% ${variable} = '{name}' %}}")).collect();
+        let expected: Vec<String> = names.iter().map(|name| format!("{{% {value} = '{name}' %}}")).collect();
         assert_eq!(conditions, expected, "{state}");
     }
     // What hides a device is known to the code alone.
@@ -547,14 +546,8 @@ fn a_second_stack_leaves_what_topics_do_not_tell_apart_to_the_first() {
             left.insert(name);
         }
     }
-    let expected = [
-        "FailedUpdatesLogRule",
-        "FailedUpdatesRule",
-        "SucceededUpdatesRule",
-        "TelemetryRule",
-        "Tenant1AnswersRule",
-        "Tenant2AnswersRule",
-    ];
+    let expected =
+        ["FailedUpdatesRule", "SucceededUpdatesRule", "TelemetryRule", "Tenant1AnswersRule", "Tenant2AnswersRule"];
     assert_eq!(left, expected.map(str::to_owned).into());
     let asked =
         ["StartWorkflowFunction", "HandleDeviceResponseFunction", "PublishToDeviceFunction", "StoreTaskTokenFunction"];
@@ -611,8 +604,7 @@ fn every_message_from_outside_goes_through_a_queue_with_a_dead_letter_queue() {
     }
     for (name, rule) in resources("AWS::IoT::TopicRule") {
         let actions = rule["Properties"]["TopicRulePayload"]["Actions"].as_array().expect("actions").clone();
-        let kind = if name == "FailedUpdatesLogRule" { "CloudwatchLogs" } else { "Sqs" };
-        assert!(actions.iter().all(|action| action.get(kind).is_some()), "{name}");
+        assert!(actions.iter().all(|action| action.get("Sqs").is_some()), "{name}");
     }
 }
 
@@ -849,11 +841,12 @@ fn a_role_allows_what_its_function_calls_and_nothing_else() {
         (
             "StartWorkflowFunction",
             &[
-                "SQSPollerPolicy on FailedUpdatesQueue.QueueName",
                 "SQSPollerPolicy on JobNotificationsQueue.QueueName",
                 "SQSPollerPolicy on JobSchedulesQueue.QueueName",
+                "SQSPollerPolicy on RecoveriesQueue.QueueName",
                 "SQSPollerPolicy on SessionsQueue.QueueName",
                 "SQSSendMessagePolicy on DeadLetterQueue.QueueName",
+                "dynamodb:UpdateItem on AllowancesTable.Arn",
                 "dynamodb:PutItem on RendezvousTable.Arn",
                 "iot:DescribeThing on iot:thing/*",
                 "iotjobsdata:DescribeJobExecution on iot:thing/*",
@@ -863,7 +856,18 @@ fn a_role_allows_what_its_function_calls_and_nothing_else() {
                 "states:StartExecution on OnPremisesJob",
             ],
         ),
-        ("RetryCounterFunction", &["dynamodb:GetItem on RecoveryTable.Arn", "dynamodb:PutItem on RecoveryTable.Arn"]),
+        (
+            "RetryCounterFunction",
+            &[
+                "SQSPollerPolicy on FailedUpdatesQueue.QueueName",
+                "SQSSendMessagePolicy on DeadLetterQueue.QueueName",
+                "SQSSendMessagePolicy on RecoveriesQueue.QueueName",
+                "dynamodb:GetItem on RecoveryTable.Arn",
+                "dynamodb:PutItem on RecoveryTable.Arn",
+                "dynamodb:UpdateItem on AllowancesTable.Arn",
+                "iot:DescribeThing on iot:thing/*",
+            ],
+        ),
         (
             "RestoreAttributesFunction",
             &[
@@ -880,6 +884,7 @@ fn a_role_allows_what_its_function_calls_and_nothing_else() {
             &[
                 "SQSPollerPolicy on SucceededUpdatesQueue.QueueName",
                 "SQSSendMessagePolicy on DeadLetterQueue.QueueName",
+                "dynamodb:UpdateItem on AllowancesTable.Arn",
                 "dynamodb:GetItem on RecoveryTable.Arn",
                 "dynamodb:PutItem on RecoveryTable.Arn",
                 "iot:DescribeThing on iot:thing/*",
@@ -908,6 +913,7 @@ fn a_role_allows_what_its_function_calls_and_nothing_else() {
                 "dynamodb:GetItem on RendezvousTable.Arn",
                 "dynamodb:GetItem on WorkerJobsTable.Arn",
                 "dynamodb:PutItem on WorkerJobsTable.Arn",
+                "dynamodb:UpdateItem on AllowancesTable.Arn",
                 "dynamodb:UpdateItem on RendezvousTable.Arn",
                 "dynamodb:UpdateItem on SettingsTable.Arn",
                 "iot:DescribeThing on iot:thing/*",
@@ -1011,9 +1017,8 @@ async fn log_of(name: ErrorName) -> Vec<Value> {
 
 #[tokio::test]
 async fn an_alarm_tells_of_what_waits_for_an_operator() {
-    let filter = resources("AWS::Logs::MetricFilter").remove("RefusedCallsFilter").expect("the filter");
-    let filter = &filter["Properties"];
-    let terms = terms(filter["FilterPattern"].as_str().expect("a pattern"));
+    let terms_of = metric_filter("RefusedCalls");
+    let terms = terms(&terms_of);
     for name in ErrorName::ALL {
         let lines = log_of(name).await;
         assert_eq!(lines.len(), 1 + usize::from(name.is_transient()), "{lines:?}");
@@ -1022,14 +1027,40 @@ async fn an_alarm_tells_of_what_waits_for_an_operator() {
             assert_eq!(found, WAITS_FOR_AN_OPERATOR.contains(&name), "{line}");
         }
     }
-    let logging = &template()["Globals"]["Function"]["LoggingConfig"];
-    assert_eq!(*logging, serde_json::json!({"LogFormat": "JSON", "LogGroup": filter["LogGroupName"]}));
-    let metric = &filter["MetricTransformations"][0];
-    let alarm = &resources("AWS::CloudWatch::Alarm")["RefusedCallsAlarm"]["Properties"];
-    assert_eq!(alarm["Namespace"], metric["MetricNamespace"]);
-    assert_eq!(alarm["MetricName"], metric["MetricName"]);
-    assert_eq!((&metric["MetricValue"], &alarm["Statistic"]), (&"1".into(), &"Sum".into()));
-    assert_eq!(alarm["AlarmActions"][0], "AlarmTopic");
+}
+
+/// As `fleet::allowance` logs the first message that is too much.
+#[test]
+fn an_alarm_tells_of_devices_that_say_too_much() {
+    assert_eq!(terms(&metric_filter("RefusedDevices")), [("/fields/outcome".to_owned(), "REFUSED")]);
+    let allowance = read("crates/fleet/src/allowance.rs");
+    assert!(allowance.contains("tracing::warn!(\n            outcome = \"REFUSED\""));
+}
+
+/// The pattern of a metric that is filtered out of all logs of functions, and has an alarm.
+fn metric_filter(name: &str) -> String {
+    let mut groups = BTreeSet::from([template()["Globals"]["Function"]["LoggingConfig"]["LogGroup"].to_string()]);
+    for (function, resource) in resources("AWS::Serverless::Function") {
+        let logging = &resource["Properties"]["LoggingConfig"];
+        if !logging.is_null() {
+            assert_eq!(logging["LogFormat"], "JSON", "{function}");
+            groups.insert(logging["LogGroup"].to_string());
+        }
+    }
+    let alarm = &resources("AWS::CloudWatch::Alarm")[&format!("{name}Alarm")]["Properties"];
+    assert_eq!((&alarm["Statistic"], &alarm["AlarmActions"][0]), (&"Sum".into(), &"AlarmTopic".into()));
+    let (mut filtered, mut patterns) = (BTreeSet::new(), BTreeSet::new());
+    for (_, filter) in resources("AWS::Logs::MetricFilter") {
+        let metric = &filter["Properties"]["MetricTransformations"][0];
+        if metric["MetricName"] == name {
+            assert_eq!((&metric["MetricNamespace"], &metric["MetricValue"]), (&alarm["Namespace"], &"1".into()));
+            assert_eq!(alarm["MetricName"], name);
+            filtered.insert(filter["Properties"]["LogGroupName"].to_string());
+            patterns.insert(filter["Properties"]["FilterPattern"].as_str().expect("a pattern").to_owned());
+        }
+    }
+    assert_eq!((filtered, patterns.len()), (groups, 1), "{name}");
+    patterns.pop_first().expect("a pattern")
 }
 
 /// The attributes from which follows what somebody may do: a sensor's topics, whom a thing may report for, whose settings a device

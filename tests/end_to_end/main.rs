@@ -6,6 +6,7 @@ mod attempts;
 mod config_push;
 mod enforcement;
 mod firmware;
+mod floods;
 mod images;
 mod on_premises;
 mod presence;

@@ -53,8 +53,8 @@ async fn settled(cloud: &Cloud) {
     device.confirm(&command).await;
     assert_eq!(cloud.pushed(&participant.thing, 1).await[0].output["status"], "SUCCESS");
     cloud.fail(&participant.thing, [now()]).await;
-    cloud.recovered(&participant.thing, 1).await;
-    for queue in ["PresenceQueue", "SessionsQueue", "FailedUpdatesQueue", "SucceededUpdatesQueue"] {
+    cloud.await_recovery(&participant.thing, "one failure", |device| device.attempts == 1).await;
+    for queue in ["PresenceQueue", "SessionsQueue", "FailedUpdatesQueue", "SucceededUpdatesQueue", "RecoveriesQueue"] {
         eventually(&format!("{queue} is empty"), || async { cloud.is_drained(queue).await.then_some(()) }).await;
     }
 }

@@ -8,11 +8,13 @@ use aws_sdk_iot::types::JobExecutionStatus;
 use aws_sdk_sfn::types::ExecutionStatus;
 use device_simulator::provision::ProtocolMix;
 use device_simulator::{FailingUpdates, FleetOptions};
+use fleet::allowance::Allowances;
+use fleet::queue::Queue;
 use fleet::recovery::restore_attributes::{self, Input};
-use fleet::recovery::{Decision, Limits, Phase, RecoveryTable, Registry, record_success, retry_counter};
+use fleet::recovery::{Limits, Phase, RecoveryTable, Registry, record_success, retry_counter};
 use fleet::{Error, ErrorName};
 use protocol::ThingName;
-use protocol::recovery::{Failure, UPDATE_REPORTS_TOPIC, UpdateReport, UpdateStatus};
+use protocol::recovery::{Decision, Failure, RecoveryInput, UPDATE_REPORTS_TOPIC, UpdateReport, UpdateStatus};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
@@ -59,12 +61,10 @@ async fn ten_failures_at_once_park_a_device_once_and_its_time_brings_it_back() {
     let operation = parked.held.unwrap().operation_id;
     assert_eq!((later.attempts, &later.held.unwrap().operation_id), (10, &operation));
 
-    let recovered = cloud.recovered(&thing, 13).await;
-    let outcomes = |outcome: &str| recovered.iter().filter(|one| one.output["outcome"] == outcome).count();
-    assert_eq!((outcomes("RETRY"), outcomes("RESTORED"), outcomes("IGNORED")), (9, 1, 3), "{recovered:?}");
-    let mut attempts: Vec<_> = recovered.iter().filter_map(|one| one.output["attempt"].as_i64()).collect();
-    attempts.sort_unstable();
-    assert_eq!(attempts, [0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10]);
+    // Only the decision has an execution.
+    let recovered = cloud.recovered(&thing, 1).await;
+    let [outcome, attempt] = ["outcome", "attempt"].map(|name| &recovered[0].output[name]);
+    assert_eq!((outcome, attempt), (&json!("RESTORED"), &json!(10)), "{recovered:?}");
     assert_eq!(cloud.attributes(&thing).await, original());
     let device = cloud.recovery(&thing).await;
     assert_eq!((device.phase, device.attempts, device.cycles), (Phase::Active, 0, 1));
@@ -83,7 +83,7 @@ async fn what_an_operator_changes_during_a_parking_stays() {
         .await;
     cloud.set_attribute(&thing, "FW", "3.0").await;
     cloud.set_attribute(&thing, "site", "south").await;
-    let recovered = cloud.recovered(&thing, 10).await;
+    let recovered = cloud.recovered(&thing, 1).await;
     let restored = recovered.iter().find(|one| one.output["outcome"] == "RESTORED").unwrap();
     assert_eq!(restored.output["changedByOperator"], json!({"FW": "3.0"}));
     let mut expected = attributes("3.0", "wo:v8");
@@ -107,7 +107,7 @@ async fn a_success_ends_the_parking_and_restoring_does_nothing_then() {
     assert_eq!((device.attempts, device.cycles, device.ignored), (0, 0, 0));
     // While the timer of the parking still runs, the device may get other attributes.
     cloud.set_attribute(&thing, "FW", "2.28").await;
-    let recovered = cloud.recovered(&thing, 10).await;
+    let recovered = cloud.recovered(&thing, 1).await;
     let timed: Vec<_> = recovered.iter().filter(|one| one.output["outcome"] == "NOT_PARKED").collect();
     assert_eq!((timed.len(), &timed[0].output["changedByOperator"]), (1, &json!({})));
     assert_eq!(cloud.attributes(&thing).await, attributes("2.28", "wo:v8"));
@@ -126,15 +126,15 @@ async fn the_second_cycle_quarantines_once_and_an_operator_releases() {
         cloud.fail(thing, begin..begin + 10).await;
     }
     for thing in &things {
-        cloud.recovered(thing, 10).await;
+        cloud.recovered(thing, 1).await;
         // More than are left of its budget, all at once.
         cloud.fail(thing, begin + 100..begin + 112).await;
     }
     for thing in &things {
-        let recovered = cloud.recovered(thing, 22).await;
+        let recovered = cloud.recovered(thing, 2).await;
         assert!(recovered.iter().all(|one| one.status == ExecutionStatus::Succeeded), "{recovered:?}");
         let outcomes = |outcome: &str| recovered.iter().filter(|one| one.output["outcome"] == outcome).count();
-        assert_eq!((outcomes("RETRY"), outcomes("QUARANTINED"), outcomes("IGNORED")), (18, 1, 2), "{recovered:?}");
+        assert_eq!((outcomes("RESTORED"), outcomes("QUARANTINED")), (1, 1), "{recovered:?}");
         assert_eq!(cloud.attributes(thing).await, attributes("failedtoupdate", "failedtoupdate"));
         assert!(cloud.is_in_failed_group(thing).await);
         let device = cloud.recovery(thing).await;
@@ -217,28 +217,41 @@ async fn a_device_reports_on_itself_only() {
     }
     let nothing = fleet::recovery::Device::default();
     assert_eq!(cloud.recovery(&other).await, nothing, "a device has spoken for another");
-    assert_eq!(cloud.recovered(&own, 1).await.len(), 1);
+    assert_eq!(cloud.recovered(&own, 0).await.len(), 0);
 }
 
-/// The handlers of this process, on the stack's table and registry.
+/// The handlers of this process, on the stack's tables and registry.
 struct Functions {
     registry: Registry,
+    allowances: Allowances,
+    /// A queue that nobody reads: what is decided here starts nothing.
+    recoveries: Queue,
     failed_group: String,
 }
 
 impl Functions {
-    fn new(cloud: &Cloud, config: &SdkConfig) -> Self {
+    async fn new(cloud: &Cloud, config: &SdkConfig) -> Self {
         let table = RecoveryTable::new(config, cloud.output("RecoveryTableName").to_owned());
         let registry = Registry { iot: aws_sdk_iot::Client::new(config), table };
-        Self { registry, failed_group: cloud.output("FailedThingGroupName").to_owned() }
+        let allowances = cloud.output("AllowancesTableName").to_owned();
+        let unread = cloud.sqs.create_queue().queue_name("unread-recoveries").send().await.unwrap();
+        Self {
+            registry,
+            allowances: Allowances::new(aws_sdk_dynamodb::Client::new(config), allowances),
+            recoveries: Queue::new(config, unread.queue_url.unwrap()),
+            failed_group: cloud.output("FailedThingGroupName").to_owned(),
+        }
     }
 
-    async fn count(&self, thing: &ThingName, number: i64) -> Result<Decision, Error> {
-        let adapters = retry_counter::Adapters { table: self.registry.table.clone(), limits: LIMITS };
-        let operation_id = operation(thing, number);
-        let (thing_name, model, firmware) = (thing.clone(), None, None);
-        let failure = Failure { thing_name, operation_id, timestamp: number, received_at: number, model, firmware };
-        retry_counter::handle(&adapters, failure).await.map(|output| output.decision)
+    async fn count(&self, thing: &ThingName, number: i64) -> Result<(), Error> {
+        let adapters = retry_counter::Adapters {
+            table: self.registry.table.clone(),
+            iot: self.registry.iot.clone(),
+            allowances: self.allowances.clone(),
+            recoveries: self.recoveries.clone(),
+            limits: LIMITS,
+        };
+        retry_counter::handle(&adapters, &report(thing, UpdateStatus::Failed, number)).await
     }
 
     async fn restore_attributes(&self, payload: Value) -> Result<String, Error> {
@@ -255,23 +268,21 @@ impl Functions {
     }
 
     async fn succeed(&self, thing: &ThingName, received_at: i64) -> Result<(), Error> {
-        let payload = UpdateReport {
-            thing_name: thing.clone(),
-            timestamp: received_at,
-            status: UpdateStatus::Succeeded,
-            model: None,
-            firmware: None,
-        };
-        let payload = base64::Engine::encode(&base64::prelude::BASE64_STANDARD, payload.encode().payload);
-        let body = json!({
-            "topic": UPDATE_REPORTS_TOPIC, "payload": payload, "clientId": thing, "receivedAt": received_at,
-        });
-        record_success::handle(&self.registry, &body.to_string()).await
+        let adapters =
+            record_success::Adapters { registry: self.registry.clone(), allowances: self.allowances.clone() };
+        record_success::handle(&adapters, &report(thing, UpdateStatus::Succeeded, received_at)).await
     }
 }
 
+/// A report as it comes out of a queue.
+fn report(thing: &ThingName, status: UpdateStatus, time: i64) -> String {
+    let report = UpdateReport { thing_name: thing.clone(), timestamp: time, status, model: None, firmware: None };
+    let payload = base64::Engine::encode(&base64::prelude::BASE64_STANDARD, report.encode().payload);
+    json!({"topic": UPDATE_REPORTS_TOPIC, "payload": payload, "clientId": thing, "receivedAt": time}).to_string()
+}
+
 fn operation(thing: &ThingName, number: i64) -> protocol::OperationId {
-    format!("{thing}-{number}").parse().unwrap()
+    retry_counter::operation_of(thing, number).unwrap()
 }
 
 /// What one invocation does, in the order of a device's life.
@@ -288,7 +299,7 @@ enum Effect {
 impl Effect {
     async fn run(self, functions: &Functions, thing: &ThingName) -> Result<(), Error> {
         match self {
-            Self::Count(number) => functions.count(thing, number).await.map(drop),
+            Self::Count(number) => functions.count(thing, number).await,
             Self::Park(number) => functions.act("park", thing, number).await.map(drop),
             Self::Restore(number) => functions.act("restore", thing, number).await.map(drop),
             Self::Quarantine(number) => functions.act("quarantine", thing, number).await.map(drop),
@@ -304,12 +315,12 @@ impl Effect {
 /// None if the effect has fewer calls.
 async fn after_crash(cloud: &Cloud, before: &[Effect], effect: Effect, crash: Crash) -> Option<String> {
     let thing = cloud.thing("crash").await;
-    let functions = Functions::new(cloud, &cloud.config);
+    let functions = Functions::new(cloud, &cloud.config).await;
     for effect in before {
         effect.run(&functions, &thing).await.unwrap();
     }
     let (config, calls) = crashing(&cloud.config, crash);
-    let died = effect.run(&Functions::new(cloud, &config), &thing).await;
+    let died = effect.run(&Functions::new(cloud, &config).await, &thing).await;
     let (Crash::Before(call) | Crash::After(call)) = crash;
     let finished = calls.load(Ordering::SeqCst) < call;
     assert_eq!(died.is_ok(), finished, "{effect:?} {crash:?}: {died:?}");
@@ -317,7 +328,8 @@ async fn after_crash(cloud: &Cloud, before: &[Effect], effect: Effect, crash: Cr
     // As Step Functions and the queue do.
     effect.run(&functions, &thing).await.unwrap();
     let device = cloud.recovery(&thing).await;
-    let held = device.held.as_ref().map(|held| held.operation_id.as_str().replace(thing.as_str(), ""));
+    let number = |held: &fleet::recovery::Held| (1..=50).find(|number| held.operation_id == operation(&thing, *number));
+    let held = device.held.as_ref().and_then(number);
     let (phase, attempts, cycles, ignored) = (device.phase, device.attempts, device.cycles, device.ignored);
     let (attributes, failed) = (cloud.attributes(&thing).await, cloud.is_in_failed_group(&thing).await);
     let state = format!("{phase:?} {attempts} {cycles} {ignored} {held:?} {attributes:?} {failed}");
@@ -338,13 +350,13 @@ async fn a_crash_between_any_two_effects_repairs_itself() {
     let back = r#"{"FW": "2.27", "model": "wo:v8", "site": "north"}"#;
     let given_up = r#"{"FW": "failedtoupdate", "model": "failedtoupdate", "site": "north"}"#;
     let cases = [
-        (&failed[..9], Count(10), format!(r#"Parked 10 0 0 Some("-10") {back} false"#), 2),
-        (&failed, Park(10), format!(r#"Parked 10 0 0 Some("-10") {moved} false"#), 10),
-        (&parked, Restore(10), format!(r#"Active 0 1 0 Some("-10") {back} false"#), 7),
-        (&parked, Succeed(50), format!(r#"Active 0 0 0 Some("-10") {back} false"#), 7),
-        (&parked, Release, format!(r#"Active 0 0 0 Some("-10") {back} false"#), 8),
-        (&failed_again, Quarantine(20), format!(r#"Quarantined 10 1 0 Some("-20") {given_up} false"#), 10),
-        (&quarantined, Release, format!(r#"Active 0 0 0 Some("-20") {back} false"#), 8),
+        (&failed[..9], Count(10), format!("Parked 10 0 0 Some(10) {back} false"), 5),
+        (&failed, Park(10), format!("Parked 10 0 0 Some(10) {moved} false"), 10),
+        (&parked, Restore(10), format!("Active 0 1 0 Some(10) {back} false"), 7),
+        (&parked, Succeed(50), format!("Active 0 0 0 Some(10) {back} false"), 7),
+        (&parked, Release, format!("Active 0 0 0 Some(10) {back} false"), 8),
+        (&failed_again, Quarantine(20), format!("Quarantined 10 1 0 Some(20) {given_up} false"), 10),
+        (&quarantined, Release, format!("Active 0 0 0 Some(20) {back} false"), 8),
     ];
     for (before, effect, expected, at_least) in cases {
         let mut calls = 0;
@@ -461,10 +473,10 @@ async fn a_device_that_fails_twice_and_then_succeeds_keeps_no_history() {
     });
     assert_eq!(executions.await, BTreeMap::from([(1, Failed), (2, Failed), (3, Succeeded)]));
     assert_eq!(fleet.stop().await.len(), 3);
-    let recovered = cloud.recovered(&thing, 2).await;
-    assert_eq!([&recovered[0].output["attempt"], &recovered[1].output["attempt"]], [1, 2]);
-    let is_cleared = |device: &fleet::recovery::Device| device.attempts == 0;
+    let nothing = fleet::recovery::Device::default();
+    let is_cleared = |device: &fleet::recovery::Device| *device != nothing && device.attempts == 0;
     cloud.await_recovery(&thing, "cleared", is_cleared).await;
+    assert_eq!(cloud.recovered(&thing, 0).await.len(), 0);
 }
 
 #[tokio::test]
@@ -474,12 +486,12 @@ async fn a_release_while_the_group_settles_leaves_the_device_free() {
     let thing = cloud.thing("settle").await;
     let begin = now();
     cloud.fail(&thing, begin..begin + 10).await;
-    cloud.recovered(&thing, 10).await;
+    cloud.recovered(&thing, 1).await;
     cloud.fail(&thing, begin + 100..begin + 110).await;
     await_attributes(&cloud, &thing, &attributes("failedtoupdate", "failedtoupdate")).await;
     let released = cloud.restore_attributes(&json!({"action": "release", "thingName": thing})).await.unwrap();
     assert_eq!(released["outcome"], "RELEASED", "{released}");
-    let recovered = cloud.recovered(&thing, 20).await;
+    let recovered = cloud.recovered(&thing, 2).await;
     assert_eq!(recovered.iter().filter(|one| one.output["outcome"] == "NOT_QUARANTINED").count(), 1);
     assert_eq!(cloud.attributes(&thing).await, original());
     assert!(!cloud.is_in_failed_group(&thing).await);
@@ -494,20 +506,20 @@ async fn a_thing_that_is_gone_ends_its_recovery_and_is_forgotten() {
     let begin = now();
     cloud.fail(&thing, begin..begin + 9).await;
     cloud.await_recovery(&thing, "nine failures", |device| device.attempts == 9).await;
-    // It is deleted when the tenth is under way already.
+    // It is deleted when the tenth has been counted already.
+    let tenth = begin + 9;
+    let functions = Functions::new(&cloud, &cloud.config).await;
+    functions.count(&thing, tenth).await.unwrap();
+    cloud.await_recovery(&thing, "held", |device| device.phase == Phase::Parked).await;
     cloud.iot.delete_thing().thing_name(thing.as_str()).send().await.unwrap();
-    let failure = Failure {
-        thing_name: thing.clone(),
-        operation_id: format!("{thing}-tenth").parse().unwrap(),
-        timestamp: begin + 9,
-        received_at: begin + 9,
-        model: None,
-        firmware: None,
-    };
+    let operation_id = operation(&thing, tenth);
+    let (thing_name, model, firmware) = (thing.clone(), None, None);
+    let failure = Failure { thing_name, operation_id, timestamp: tenth, received_at: tenth, model, firmware };
+    let input = RecoveryInput { failure, decision: Decision::Park, attempt: 10, cycle: 1 };
     let start = cloud.step_functions.start_execution().state_machine_arn(cloud.output("FailedUpdateRecoveryArn"));
-    let start = start.name(failure.operation_id.as_str()).input(serde_json::to_string(&failure).unwrap());
+    let start = start.name(input.failure.operation_id.as_str()).input(serde_json::to_string(&input).unwrap());
     start.send().await.unwrap();
-    let recovered = cloud.recovered(&thing, 10).await;
+    let recovered = cloud.recovered(&thing, 1).await;
     let failed: Vec<_> = recovered.iter().filter(|one| one.status == ExecutionStatus::Failed).collect();
     assert_eq!(failed.len(), 1, "{recovered:?}");
     assert_eq!(failed[0].error.0, ErrorName::DeviceNotFound.as_str());

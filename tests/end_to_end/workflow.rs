@@ -349,9 +349,8 @@ async fn every_way_through_a_firmware_upgrade() {
     go_all("FirmwareUpgradeArn", input, good, paths, "/outcome").await;
 }
 
-const PARK: [&str; 5] = ["CountFailure", "ChooseAction", "ParkDevice", "WaitBeforeRestore", "RestoreDevice"];
-const QUARANTINE: [&str; 8] = [
-    "CountFailure",
+const PARK: [&str; 4] = ["ChooseAction", "ParkDevice", "WaitBeforeRestore", "RestoreDevice"];
+const QUARANTINE: [&str; 7] = [
     "ChooseAction",
     "QuarantineDevice",
     "AwaitGroupUpdate",
@@ -365,39 +364,36 @@ fn payload(payload: &Value) -> Value {
     result(&json!({"StatusCode": 200, "Payload": payload}))
 }
 
-fn decision(decision: &str) -> Value {
-    payload(&json!({"decision": decision, "attempt": 10, "cycle": 1}))
-}
-
 fn outcome(outcome: &str) -> Value {
     payload(&json!({"thingName": "t", "outcome": outcome}))
 }
 
-/// The input of a recovery, and the answers that let it park a device and bring it back, or quarantine it.
-fn good_recoveries() -> (Value, Value, Value) {
-    let input = json!({"thingName": "t", "operationId": "o", "timestamp": 1, "receivedAt": 2});
+/// The input of a recovery with that decision.
+fn decided(decision: &str) -> Value {
+    json!({
+        "thingName": "t", "operationId": "o", "timestamp": 1, "receivedAt": 2, "decision": decision, "attempt": 10, "cycle": 1,
+    })
+}
+
+/// The answers that let a recovery park a device and bring it back, or quarantine it.
+fn good_recoveries() -> (Value, Value) {
     let parking = json!({
-        "CountFailure": [decision("PARK")], "ParkDevice": [outcome("PARKED")], "RestoreDevice": [outcome("RESTORED")],
+        "ParkDevice": [outcome("PARKED")], "RestoreDevice": [outcome("RESTORED")],
     });
     let quarantine = json!({
-        "CountFailure": [decision("QUARANTINE")], "QuarantineDevice": [outcome("QUARANTINED")],
+        "QuarantineDevice": [outcome("QUARANTINED")],
         "AddToFailedGroup": [result(&json!({}))], "ConfirmQuarantine": [outcome("QUARANTINED")],
         "NotifyOperators": [result(&json!({"MessageId": "m"}))],
     });
-    (input, parking, quarantine)
+    (parking, quarantine)
 }
 
 #[tokio::test]
 #[ignore = "needs the local cloud: cargo xtask test"]
 async fn every_way_through_the_recovery_of_a_failed_update() {
-    let (input, parking, quarantine) = good_recoveries();
-    let counted = || vec!["CountFailure", "ChooseAction", "FailureCounted"];
-    let mut parkings = vec![
-        one("CountFailure", vec![decision("RETRY")], counted(), Ok("RETRY")),
-        one("CountFailure", vec![decision("IGNORED")], counted(), Ok("IGNORED")),
-        one("RestoreDevice", vec![outcome("NOT_PARKED")], PARK.to_vec(), Ok("NOT_PARKED")),
-    ];
-    let released = [&QUARANTINE[..7], &["ReleasedMeanwhile"]].concat();
+    let (parking, quarantine) = good_recoveries();
+    let mut parkings = vec![one("RestoreDevice", vec![outcome("NOT_PARKED")], PARK.to_vec(), Ok("NOT_PARKED"))];
+    let released = [&QUARANTINE[..6], &["ReleasedMeanwhile"]].concat();
     let mut quarantines =
         vec![one("ConfirmQuarantine", vec![outcome("NOT_QUARANTINED")], released, Ok("NOT_QUARANTINED"))];
     let ways = [(&parking, &PARK[..], &mut parkings), (&quarantine, &QUARANTINE[..], &mut quarantines)];
@@ -429,10 +425,8 @@ async fn every_way_through_the_recovery_of_a_failed_update() {
                         way.to_vec(),
                         Ok(last),
                     ));
-                    // Counting does not look at the registry.
                     let names = &["InvalidInput", "ServiceError", "DeviceNotFound"];
-                    let known = if *state == "CountFailure" { 2 } else { 3 };
-                    ("Lambda.ResourceNotFoundException", &names[..known])
+                    ("Lambda.ResourceNotFoundException", &names[..])
                 }
             };
             for name in names {
@@ -443,8 +437,11 @@ async fn every_way_through_the_recovery_of_a_failed_update() {
         }
     }
     let machine = "FailedUpdateRecoveryArn";
-    go_all(machine, input.clone(), parking, parkings, "/outcome").await;
-    go_all(machine, input, quarantine, quarantines, "/outcome").await;
+    let unknown = "decision: got RETRY, expected PARK or QUARANTINE";
+    let none = vec![one("ParkDevice", vec![], vec!["ChooseAction", "RecoveryFailed"], Err(("InvalidInput", unknown)))];
+    go_all(machine, decided("RETRY"), parking.clone(), none, "/outcome").await;
+    go_all(machine, decided("PARK"), parking, parkings, "/outcome").await;
+    go_all(machine, decided("QUARANTINE"), quarantine, quarantines, "/outcome").await;
 }
 
 /// The input of a job on premises, and the answers that let it succeed.
@@ -513,7 +510,7 @@ struct Way {
 fn ways() -> Vec<Way> {
     let (push, push_answers) = good_push();
     let (upgrade, upgrade_answers) = good_upgrade();
-    let (failure, parking, quarantine) = good_recoveries();
+    let (parking, quarantine) = good_recoveries();
     let (job, job_answers) = good_job();
     let mut unanswered = push_answers.clone();
     unanswered["PushSettings"] = json!([timeout()]);
@@ -544,8 +541,8 @@ fn ways() -> Vec<Way> {
             "/outcome",
             Err(("DeviceTimedOut", "progress")),
         ),
-        way("FailedUpdateRecoveryArn", &failure, parking, &PARK, "/outcome", Ok("RESTORED")),
-        way("FailedUpdateRecoveryArn", &failure, quarantine, &QUARANTINE, "/outcome", Ok("QUARANTINED")),
+        way("FailedUpdateRecoveryArn", &decided("PARK"), parking, &PARK, "/outcome", Ok("RESTORED")),
+        way("FailedUpdateRecoveryArn", &decided("QUARANTINE"), quarantine, &QUARANTINE, "/outcome", Ok("QUARANTINED")),
         way("OnPremisesJobArn", &job, job_answers, &["RunJob"], "/lambdaOutput/result", Ok("done")),
     ]
 }

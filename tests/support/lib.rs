@@ -26,7 +26,7 @@ pub use scripted_device::ScriptedDevice;
 pub use workers::{PlainWorker, WorkerProcess, alone, await_job};
 
 /// How long a test waits for something that must happen before it says that it did not.
-pub const PATIENCE: Duration = Duration::from_mins(5);
+pub const PATIENCE: Duration = Duration::from_mins(10);
 
 /// What is told of a look that was in vain, in bytes.
 const MAX_SENTENCE: usize = 4000;

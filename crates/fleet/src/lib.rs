@@ -5,11 +5,13 @@
 //! measure). They do not import each other, with one exception that is the point of the system: `devices` uses
 //! `workflows::rendezvous`, where commands and answers meet.
 
+pub mod allowance;
 pub mod aws;
 pub mod config;
 pub mod device_registry;
 pub mod devices;
 pub mod error;
+mod execution_name;
 pub mod item_table;
 pub mod job_executions;
 pub mod jobs;

@@ -70,6 +70,7 @@ static BODIES: LazyLock<Vec<Vec<u8>>> = LazyLock::new(|| {
         r#"{"eventType":"FIRMWARE_UPGRADE_FAIL","thingName":"t","jobId":"j","executionNumber":1,"operationId":"j-1","firmwareVersion":"2.0.0","reason":"TransferFailed","cause":"no space","step":"FIRMWARE_TRANSFERRED"}"#.to_owned(),
         r#"{"device":"gateway-1","remedy":"1#a"}"#.to_owned(),
         r#"{"nextOf":"gateway-1"}"#.to_owned(),
+        r#"{"thingName":"t","operationId":"o","timestamp":1,"receivedAt":2,"model":"m","firmware":"f","decision":"PARK","attempt":10,"cycle":1}"#.to_owned(),
         r#"{"taskToken":"token","waitsUntil":9e15,"device":{"thingName":"t","externalId":"user-1","connectedAt":1}}"#.to_owned(),
         ended.to_string(),
     ];
@@ -92,7 +93,6 @@ static INPUTS: LazyLock<Vec<Vec<u8>>> = LazyLock::new(|| {
         publish(&format!(r#"{{"name":"RUN_JOB","tenant":"tenant1","handler":"add","wait":{WAIT},"input":{{"a":15,"b":[1,{{"c":null}}]}}}}"#)),
         format!(r#"{{"thingName":"t","operationId":"o","step":"DEVICE_REBOOTED","wait":{WAIT}}}"#),
         format!(r#"{{"thingName":"t","operationId":"o","wait":{WAIT}}}"#),
-        r#"{"thingName":"t","operationId":"o","timestamp":1,"receivedAt":2,"model":"m","firmware":"f"}"#.to_owned(),
         r#"{"action":"park","thingName":"t","operationId":"o"}"#.to_owned(),
         r#"{"action":"release","thingNames":["t","u","v"]}"#.to_owned(),
         r#"{"RequestType":"Delete","ResponseURL":"http://127.0.0.1:1","StackId":"s","RequestId":"r","LogicalResourceId":"l"}"#.to_owned(),

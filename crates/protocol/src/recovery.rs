@@ -74,9 +74,9 @@ impl UpdateReport {
     }
 }
 
-/// What the state machine of the recovery is started with.
+/// A failed update, as it is counted.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 pub struct Failure {
     /// The device.
     pub thing_name: ThingName,
@@ -94,6 +94,37 @@ pub struct Failure {
     /// The firmware that it runs, as it says.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub firmware: Option<String>,
+}
+
+/// What a failure comes to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "SCREAMING_SNAKE_CASE")]
+pub enum Decision {
+    /// The platform may try again.
+    Retry,
+    /// The cycle's retry budget is used up: the device rests.
+    Park,
+    /// All cycles are used up: people have to look.
+    Quarantine,
+    /// The device is held already, or the failure is older than its last success or release.
+    Ignored,
+}
+
+/// What the state machine of the recovery is started with: the failure that was one too many.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct RecoveryInput {
+    /// The failure.
+    #[serde(flatten)]
+    pub failure: Failure,
+    /// [`Decision::Park`] or [`Decision::Quarantine`]: nothing else needs an execution.
+    pub decision: Decision,
+    /// Which failure of its cycle it is.
+    #[serde(deserialize_with = "crate::whole")]
+    pub attempt: u32,
+    /// Which cycle, from 1.
+    #[serde(deserialize_with = "crate::whole")]
+    pub cycle: u32,
 }
 
 /// Devices send numbers as texts of digits.

@@ -1,5 +1,6 @@
 //! `HandleDeviceResponseFunction`
 
+use fleet::allowance::Allowances;
 use fleet::device_registry::DeviceRegistry;
 use fleet::devices::{handle_device_response, settings::SettingsTable, worker_jobs::WorkerJobs};
 use fleet::{aws, config, lambda, queue::DeadLetters, workflows::rendezvous::Rendezvous};
@@ -15,6 +16,7 @@ async fn main() -> Result<(), lambda_runtime::Error> {
                 rendezvous: Rendezvous::new(&aws, config::required("RENDEZVOUS_TABLE")?),
                 settings: SettingsTable::from_environment(&aws)?,
                 registry: DeviceRegistry::new(&aws, owns_device_topics),
+                allowances: Allowances::from_environment(&aws)?,
                 sns: aws_sdk_sns::Client::new(&aws),
                 events_topic_arn: config::required("EVENTS_TOPIC_ARN")?,
                 mqtt: aws::iot_data_client(&aws)?,

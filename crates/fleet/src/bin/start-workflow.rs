@@ -1,5 +1,6 @@
 //! `StartWorkflowFunction`
 
+use fleet::allowance::Allowances;
 use fleet::workflows::{start_workflow, started::StartedOperations};
 use fleet::{aws, config, job_executions::JobExecutions, lambda, queue::DeadLetters};
 
@@ -16,6 +17,7 @@ async fn main() -> Result<(), lambda_runtime::Error> {
                 failed_update_recovery_arn: config::required("FAILED_UPDATE_RECOVERY_ARN")?,
                 on_premises_job_arn: config::required("ON_PREMISES_JOB_ARN")?,
                 executions: JobExecutions::new(aws::jobs_data_client(&aws)?),
+                allowances: Allowances::from_environment(&aws)?,
                 started: StartedOperations::new(
                     aws_sdk_dynamodb::Client::new(&aws),
                     config::required("RENDEZVOUS_TABLE")?,

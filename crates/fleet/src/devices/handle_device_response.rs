@@ -2,6 +2,8 @@
 
 use super::settings::SettingsTable;
 use super::worker_jobs::WorkerJobs;
+use crate::allowance::{Allowances, Unasked};
+use crate::aws::now_millis;
 use crate::device_registry::{DeviceRegistry, Said};
 use crate::error::unbuilt;
 use crate::queue::MqttMessage;
@@ -25,6 +27,8 @@ pub struct Adapters {
     pub settings: SettingsTable,
     /// Where the versions and protocols of devices are kept.
     pub registry: DeviceRegistry,
+    /// How many boots of a device are heard.
+    pub allowances: Allowances,
     /// Where unasked reports go.
     pub sns: aws_sdk_sns::Client,
     /// The topic of domain events.
@@ -50,16 +54,23 @@ pub async fn handle(adapters: &Adapters, body: &str) -> Result<(), Error> {
     match report {
         Report::Response(response) => {
             let is_boot = response.step == Step::DeviceRebooted;
-            if let Some(arrival) = apply(adapters, &thing, response).await?.filter(|_| is_boot) {
+            let arrival = apply(adapters, &thing, response).await?;
+            if let Some(arrival) = arrival.filter(|_| is_boot)
+                && adapters.owns_device_topics
+                && is_heard(adapters, &thing, &message).await?
+            {
                 let runs = runs.filter(|version| arrival.is_news(version));
                 adapters.registry.record(&thing, &Said { runs, speaks: Some(protocol), instead_of: None }).await?;
             }
         }
-        Report::Event(event) if adapters.owns_device_topics => {
-            if matches!(event, DeviceEvent::Booted { .. }) {
+        Report::Event(DeviceEvent::Booted { cause, firmware_version }) if adapters.owns_device_topics => {
+            if is_heard(adapters, &thing, &message).await? {
                 adapters.registry.record(&thing, &Said { runs, speaks: Some(protocol), instead_of: None }).await?;
+                publish_boot(adapters, &thing, cause, firmware_version).await?;
             }
-            publish(adapters, &thing, event).await?;
+        }
+        Report::Event(DeviceEvent::Other { name }) if adapters.owns_device_topics => {
+            tracing::info!(thing = thing.as_str(), event = name, outcome = "IGNORED");
         }
         Report::Event(_) => {}
     }
@@ -67,6 +78,12 @@ pub async fn handle(adapters: &Adapters, body: &str) -> Result<(), Error> {
         Some(acknowledgement) if adapters.owns_device_topics => aws::publish(&adapters.mqtt, acknowledgement).await,
         _ => Ok(()),
     }
+}
+
+/// Whether a boot is heard of: of a device that does nothing else, not each.
+async fn is_heard(adapters: &Adapters, thing: &ThingName, message: &MqttMessage) -> Result<bool, Error> {
+    let received_at = message.received_at().unwrap_or_else(|_| now_millis());
+    adapters.allowances.allows(thing.as_str(), Unasked::Boot, &message.payload()?, received_at).await
 }
 
 async fn apply_setting(adapters: &Adapters, thing: &ThingName, response: &SettingResponse) -> Result<(), Error> {
@@ -87,7 +104,7 @@ async fn apply(adapters: &Adapters, thing: &ThingName, response: Response) -> Re
             return Ok(None);
         }
         StepOutcome::Succeeded { firmware_version } => {
-            adapters.rendezvous.arrive(&operation, step, &Answer::Succeeded { firmware_version }).await?
+            adapters.rendezvous.answer(&operation, step, &Answer::Succeeded { firmware_version }).await?
         }
         StepOutcome::Failed(failure) if failure.code == DeviceFailure::ADDRESS_EXPIRED => {
             let error = Error::new(ErrorName::AddressExpired, device_error(step, &failure).message);
@@ -120,14 +137,12 @@ fn device_error(step: Step, failure: &DeviceFailure) -> Error {
     Error::new(name, detail)
 }
 
-async fn publish(adapters: &Adapters, thing: &ThingName, event: DeviceEvent) -> Result<(), Error> {
-    let (cause, firmware_version) = match event {
-        DeviceEvent::Booted { cause, firmware_version } => (cause, firmware_version),
-        DeviceEvent::Other { name } => {
-            tracing::info!(thing = thing.as_str(), event = name, outcome = "IGNORED");
-            return Ok(());
-        }
-    };
+async fn publish_boot(
+    adapters: &Adapters,
+    thing: &ThingName,
+    cause: String,
+    firmware_version: Option<String>,
+) -> Result<(), Error> {
     let booted =
         DeviceBooted { event_type: EventType::DeviceBooted, thing_name: thing.clone(), cause, firmware_version };
     let message = serde_json::to_string(&booted).map_err(unbuilt)?;

@@ -1,7 +1,7 @@
 //! The rules: what a device's failures and successes come to, and what its thing's attributes shall be. No I/O.
 
 use protocol::OperationId;
-use protocol::recovery::Failure;
+use protocol::recovery::{Decision, Failure};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
@@ -44,20 +44,6 @@ impl Phase {
             Self::Quarantined => Some(FAILED_TO_UPDATE),
         }
     }
-}
-
-/// What a failure comes to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "SCREAMING_SNAKE_CASE")]
-pub enum Decision {
-    /// The platform may try again.
-    Retry,
-    /// The cycle's retry budget is used up: the device rests.
-    Park,
-    /// All cycles are used up: people have to look.
-    Quarantine,
-    /// The device is held already, or the failure is older than its last success or release.
-    Ignored,
 }
 
 /// The retry budget.

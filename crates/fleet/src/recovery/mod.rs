@@ -9,6 +9,6 @@ pub mod restore_attributes;
 pub mod retry_counter;
 mod table;
 
-pub use device::{Decision, Device, Held, Limits, Phase};
+pub use device::{Device, Held, Limits, Phase};
 pub use registry::{Reconciled, Registry};
 pub use table::RecoveryTable;

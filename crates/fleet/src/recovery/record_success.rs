@@ -2,14 +2,26 @@
 
 use super::registry::Registry;
 use crate::Error;
+use crate::allowance::Allowances;
 use crate::aws::now_seconds;
 use crate::queue::MqttMessage;
 use crate::things;
 
+/// What the handler reaches.
+#[derive(Debug)]
+pub struct Adapters {
+    /// What is known of devices, and the registry.
+    pub registry: Registry,
+    /// How many reports of a device are heard.
+    pub allowances: Allowances,
+}
+
 /// Handles one queued report of a success.
-pub async fn handle(registry: &Registry, body: &str) -> Result<(), Error> {
+pub async fn handle(adapters: &Adapters, body: &str) -> Result<(), Error> {
+    let Adapters { registry, allowances } = adapters;
     let message = MqttMessage::parse(body)?;
-    let Some((report, received_at)) = things::update_report(&registry.iot, &message).await? else { return Ok(()) };
+    let report = things::update_report(&registry.iot, allowances, &message).await?;
+    let Some((report, received_at)) = report else { return Ok(()) };
     let thing = &report.thing_name;
     let (device, outcome) =
         registry.table.change(thing.as_str(), |device| device.succeed(received_at, now_seconds())).await?;

@@ -1,48 +1,72 @@
-//! Counts a device's failed update, and says what it comes to.
+//! Counts a device's failed update, and says what it comes to. Only a decision to park a device or to give it up starts an execution.
 
-use super::device::{Decision, Limits};
+use super::device::Limits;
 use super::table::RecoveryTable;
 use crate::Error;
-use protocol::recovery::Failure;
-use serde::Serialize;
+use crate::allowance::Allowances;
+use crate::error::unbuilt;
+use crate::execution_name::execution_name;
+use crate::queue::{MqttMessage, Queue};
+use crate::things;
+use protocol::recovery::{Decision, Failure, RecoveryInput, UpdateReport};
+use protocol::{OperationId, ThingName};
 
 /// What the handler reaches.
 #[derive(Debug)]
 pub struct Adapters {
     /// What is known of devices.
     pub table: RecoveryTable,
+    /// The registry, which knows what a thing is.
+    pub iot: aws_sdk_iot::Client,
+    /// How many reports of a device are heard.
+    pub allowances: Allowances,
+    /// Where start-workflow learns of decisions.
+    pub recoveries: Queue,
     /// The retry budget.
     pub limits: Limits,
 }
 
-/// What a failure comes to.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Output {
-    /// What is to be done.
-    pub decision: Decision,
-    /// Which failure of its cycle it is; 0 if it does not count.
-    pub attempt: u32,
-    /// How many a cycle has.
-    pub attempts: u32,
-    /// Which cycle, from 1.
-    pub cycle: u32,
-    /// How many there are.
-    pub cycles: u32,
+/// Handles one queued report of a failure. The same report again changes nothing and comes to the same decision, whose execution
+/// is started once.
+pub async fn handle(adapters: &Adapters, body: &str) -> Result<(), Error> {
+    let message = MqttMessage::parse(body)?;
+    let report = things::update_report(&adapters.iot, &adapters.allowances, &message).await?;
+    let Some((report, received_at)) = report else { return Ok(()) };
+    let input = count(adapters, failure(report, received_at)?).await?;
+    if matches!(input.decision, Decision::Park | Decision::Quarantine) {
+        adapters.recoveries.send(&serde_json::to_string(&input).map_err(unbuilt)?).await?;
+    }
+    Ok(())
 }
 
-/// Counts one failure. The same failure again changes nothing and gets the same answer.
-pub async fn handle(adapters: &Adapters, failure: Failure) -> Result<Output, Error> {
-    let Limits { attempts, cycles } = adapters.limits;
-    let (device, counted) =
-        adapters.table.change(failure.thing_name.as_str(), |device| device.fail(&failure, adapters.limits)).await?;
+fn failure(report: UpdateReport, received_at: i64) -> Result<Failure, Error> {
+    let UpdateReport { thing_name, timestamp, model, firmware, .. } = report;
+    let operation_id = operation_of(&thing_name, timestamp)?;
+    Ok(Failure { thing_name, operation_id, timestamp, received_at, model, firmware })
+}
+
+/// Names the failure that a device reports for that time (Unix milliseconds), and whatever is done about it.
+pub fn operation_of(thing: &ThingName, timestamp: i64) -> Result<OperationId, Error> {
+    execution_name(&[thing.to_string(), timestamp.to_string(), "failed".to_owned()]).parse().map_err(unbuilt)
+}
+
+/// Counts one failure, once. What is logged here is the log of failed updates.
+async fn count(adapters: &Adapters, failure: Failure) -> Result<RecoveryInput, Error> {
+    let thing = failure.thing_name.as_str();
+    let (device, counted) = adapters.table.change(thing, |device| device.fail(&failure, adapters.limits)).await?;
+    let super::device::Counted { decision, attempt, cycle } = counted;
     tracing::info!(
-        thing = failure.thing_name.as_str(),
+        outcome = "COUNTED",
+        thing,
         operation = failure.operation_id.as_str(),
-        decision = ?counted.decision,
+        failed_at = failure.timestamp,
+        received_at = failure.received_at,
+        model = failure.model,
+        firmware = failure.firmware,
+        ?decision,
+        attempt,
+        cycle,
         phase = ?device.phase,
-        attempt = counted.attempt,
-        cycle = counted.cycle,
     );
-    Ok(Output { decision: counted.decision, attempt: counted.attempt, attempts, cycle: counted.cycle, cycles })
+    Ok(RecoveryInput { failure, decision, attempt, cycle })
 }

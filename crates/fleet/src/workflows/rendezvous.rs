@@ -18,6 +18,10 @@ use std::collections::HashMap;
 /// Jobs' own timer) can wait for them.
 const KEEP_SECONDS: i64 = 14 * 24 * 3600;
 
+/// How many repeats of an answer may mend what an earlier delivery has left undone: several times as often as a queue delivers a
+/// message, for a dead letter may come back. What comes more often is said by the device.
+const MENDING_REPEATS: u32 = 500;
+
 /// An operation of a thing: what all its steps' keys begin with.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Operation {
@@ -161,12 +165,13 @@ impl Arrival {
     /// Whether the version that a device reports with its reboot is for whoever hears it to record. It is not:
     /// - after the download has failed: a known agent still says that it has booted;
     /// - if the waiting state takes it as its target: the workflow records that after it has reported its success;
-    /// - before a state waits for it, as long as it may still be taken: the wait decides, or [`Rendezvous::give_up`].
+    /// - before a state waits for it, as long as it may still be taken: the wait decides, or [`Rendezvous::give_up`];
+    /// - of an operation that there is not.
     pub fn is_news(&self, version: &str) -> bool {
         let Meeting { task_token, expected_version, answer, download_failed, .. } = &self.meeting;
         let is_early = task_token.is_none() && matches!(answer, Some(Answer::Succeeded { .. }));
         let is_taken = self.outcome == Outcome::Applied && expected_version.as_deref() == Some(version);
-        !download_failed && !is_early && !is_taken
+        !download_failed && !is_early && !is_taken && self.outcome != Outcome::Rejected
     }
 
     /// A version that the device has booted though the waiting state expects another one.
@@ -210,13 +215,27 @@ impl Rendezvous {
         Ok(Arrival { outcome, meeting })
     }
 
-    /// A step has ended. If a state waits for it, its task ends.
+    /// A device says that a step has ended. If a state waits for it, its task ends. `Rejected` if there is no such operation: it has
+    /// a first item before its command is sent, and nothing is kept of what was never asked.
+    pub async fn answer(&self, operation: &Operation, step: Step, answer: &Answer) -> Result<Arrival, Error> {
+        let (update, values) = arriving(answer)?;
+        match self.update_known(operation, step, update, values).await? {
+            Some(meeting) => self.arrived(operation, step, meeting).await,
+            None => Ok(Arrival { outcome: Outcome::Rejected, meeting: Meeting::default() }),
+        }
+    }
+
+    /// The cloud says that a step has ended, even if its operation has not begun.
     pub async fn arrive(&self, operation: &Operation, step: Step, answer: &Answer) -> Result<Arrival, Error> {
-        let value = serde_dynamo::to_attribute_value(answer).map_err(|error| broken_item(&error))?;
-        let values =
-            HashMap::from([(":answer".to_owned(), value), (":one".to_owned(), AttributeValue::N("1".to_owned()))]);
-        let update = "SET answer = if_not_exists(answer, :answer), expiresAt = :expiresAt ADD arrivals :one";
+        let (update, values) = arriving(answer)?;
         let meeting = self.update(operation, step, update, None, values).await?.unwrap_or_default();
+        self.arrived(operation, step, meeting).await
+    }
+
+    async fn arrived(&self, operation: &Operation, step: Step, meeting: Meeting) -> Result<Arrival, Error> {
+        if meeting.arrivals > MENDING_REPEATS {
+            return Ok(Arrival { outcome: Outcome::Duplicate, meeting });
+        }
         let outcome = self.complete(operation, step, &meeting).await?.unwrap_or(Outcome::Waiting);
         let repeated = outcome != Outcome::Applied && meeting.arrivals > 1;
         Ok(Arrival { outcome: if repeated { Outcome::Duplicate } else { outcome }, meeting })
@@ -226,7 +245,10 @@ impl Rendezvous {
     /// the step has another answer already, which stands.
     pub async fn fail_step(&self, operation: &Operation, step: Step, error: &Error) -> Result<Arrival, Error> {
         let answer = Answer::Failed { error: error.name, cause: error.message.clone() };
-        let arrival = self.arrive(operation, step, &answer).await?;
+        let arrival = self.answer(operation, step, &answer).await?;
+        if arrival.outcome == Outcome::Rejected || arrival.meeting.arrivals > MENDING_REPEATS {
+            return Ok(arrival);
+        }
         if step != Step::DeviceRebooted && !matches!(arrival.meeting.answer, Some(Answer::Succeeded { .. })) {
             let values = HashMap::from([(":true".to_owned(), AttributeValue::Bool(true))]);
             let update = "SET downloadFailed = :true, expiresAt = :expiresAt";
@@ -274,7 +296,9 @@ impl Rendezvous {
     pub async fn interrupt(&self, operation: &Operation, step: Step, error: &Error) -> Result<Outcome, Error> {
         let values = HashMap::from([(":true".to_owned(), AttributeValue::Bool(true))]);
         let update = "SET interrupted = :true, expiresAt = :expiresAt";
-        let meeting = self.update(operation, step, update, None, values).await?.unwrap_or_default();
+        let Some(meeting) = self.update_known(operation, step, update, values).await? else {
+            return Ok(Outcome::Rejected);
+        };
         match meeting.task_token {
             _ if meeting.answer.is_some() => Ok(Outcome::Late),
             Some(token) => self.tasks.fail(&token, error.name, &error.message).await,
@@ -287,6 +311,28 @@ impl Rendezvous {
         let got = get.consistent_read(true).send().await.map_err(|error| aws("dynamodb:GetItem", &error))?;
         let Some(item) = got.item else { return Ok(Meeting::default()) };
         serde_dynamo::from_item(item).map_err(|error| broken_item(&error))
+    }
+
+    /// Writes the item of an operation that has begun; `None` if there is none. As a rule the step has an item already; only for what
+    /// comes before its wait the operation is looked up.
+    async fn update_known(
+        &self,
+        operation: &Operation,
+        step: Step,
+        expression: &str,
+        values: HashMap<String, AttributeValue>,
+    ) -> Result<Option<Meeting>, Error> {
+        let is_there = Some("attribute_exists(operation)");
+        let written = self.update(operation, step, expression, is_there, values.clone()).await?;
+        if written.is_some() || !self.has_begun(operation).await? {
+            return Ok(written);
+        }
+        self.update(operation, step, expression, None, values).await
+    }
+
+    /// Before a command is sent, its first step has an item.
+    async fn has_begun(&self, operation: &Operation) -> Result<bool, Error> {
+        Ok(self.meeting(operation, Step::DownloadStarted).await? != Meeting::default())
     }
 
     /// Writes the item and returns it whole; `None` if the condition refuses.
@@ -330,6 +376,13 @@ impl Rendezvous {
         });
         self.tasks.complete(token, output).await.map(Some)
     }
+}
+
+/// How the first answer stays, and the others are counted.
+fn arriving(answer: &Answer) -> Result<(&'static str, HashMap<String, AttributeValue>), Error> {
+    let value = serde_dynamo::to_attribute_value(answer).map_err(|error| broken_item(&error))?;
+    let values = HashMap::from([(":answer".to_owned(), value), (":one".to_owned(), AttributeValue::N("1".to_owned()))]);
+    Ok(("SET answer = if_not_exists(answer, :answer), expiresAt = :expiresAt ADD arrivals :one", values))
 }
 
 fn key(operation: &Operation, step: Step) -> HashMap<String, AttributeValue> {
@@ -379,6 +432,7 @@ mod tests {
             (&contradictory, Waiting, "404", false),
             (&Meeting { download_failed: true, ..cancelled.clone() }, Duplicate, "404", false),
             (&Meeting { download_failed: true, ..waiting.clone() }, Duplicate, OLD, false),
+            (&Meeting::default(), Outcome::Rejected, TARGET, false),
         ] {
             let arrival = Arrival { outcome, meeting: item.clone() };
             assert_eq!(arrival.is_news(version), is_news, "{item:?} {outcome:?} {version}");

@@ -1,18 +1,19 @@
-//! A job has reached a device, a device has come online or has failed to update itself, or a schedule is due: starts the
-//! workflow, once.
+//! A job has reached a device, a device has come online or has failed to update itself once too often, or a schedule is due: starts
+//! the workflow, once.
 
 use super::started::{Started, StartedOperations};
+use crate::allowance::{Allowances, Unasked};
 use crate::error::{aws, code, unbuilt};
+use crate::execution_name::execution_name;
 use crate::job_executions::{JobExecutions, Standing, is_unsettled, unix_seconds};
 use crate::queue::{MqttMessage, NextOf, json};
 use crate::{Error, ErrorName, things};
 use protocol::job::{JobDocument, NextExecution, NotifyNext, UpgradeInput, WorkflowName};
-use protocol::recovery::{Failure, UPDATE_REPORTS_TOPIC, UpdateReport};
+use protocol::recovery::RecoveryInput;
 use protocol::settings::ConfigPushInput;
 use protocol::{InvalidId, JobId, OperationId, PresenceEvent, ThingName};
 use serde::Deserialize;
 use serde_json::{Map, Value};
-use sha2::{Digest, Sha256};
 
 /// What the handler reaches.
 #[derive(Debug)]
@@ -31,6 +32,8 @@ pub struct Adapters {
     pub on_premises_job_arn: String,
     /// Tells whether a job execution still waits.
     pub executions: JobExecutions,
+    /// How often a device may come online and get its settings.
+    pub allowances: Allowances,
     /// By which job executions' events find what runs.
     pub started: StartedOperations,
     /// The stack's name: jobs that name another one are left to that.
@@ -42,8 +45,8 @@ pub struct Adapters {
 /// An execution to start, once.
 struct Start<'a> {
     state_machine: &'a str,
-    /// What makes it this one and no other.
-    key: [String; 3],
+    /// The execution's name.
+    name: String,
     input: Result<String, serde_json::Error>,
     /// The job execution that it is for, if it is for one.
     job: Option<(ThingName, JobId, Started)>,
@@ -58,12 +61,14 @@ struct Scheduled {
     input: Map<String, Value>,
 }
 
-/// Handles one queued message: of the broker (a job that has reached its device, a device that has come online, or a
-/// report of a failed update), of a schedule, or a question for a device's next job. A repeat starts nothing; a job that is not
+/// Handles one queued message: of the broker (a job that has reached its device, a device that has come online), of retry-counter
+/// (a device that is to be parked or given up), of a schedule, or a question for a device's next job. A repeat starts nothing; a job that is not
 /// ours is left alone, and so is what is no thing.
 pub async fn handle(adapters: &Adapters, body: &str) -> Result<(), Error> {
     let start = if let Ok(scheduled) = json::<Scheduled>("schedule", body.as_bytes()) {
         Some(of_schedule(adapters, &scheduled))
+    } else if let Ok(recovery) = json::<RecoveryInput>("decision", body.as_bytes()) {
+        Some(of_recovery(adapters, &recovery))
     } else if let Ok(NextOf { next_of: thing }) = json("question", body.as_bytes()) {
         let execution = adapters.executions.next_queued(&thing).await?;
         of_job(adapters, thing, NotifyNext { execution })?
@@ -102,15 +107,11 @@ async fn of_message<'a>(adapters: &'a Adapters, message: &MqttMessage) -> Result
     if message.topic.starts_with("$aws/events/presence/") {
         return of_session(adapters, &message.json()?).await;
     }
-    if message.topic == UPDATE_REPORTS_TOPIC {
-        let report = things::update_report(&adapters.iot, message).await?;
-        return report.map(|(report, received_at)| of_failure(adapters, report, received_at)).transpose();
-    }
     of_job(adapters, thing_of_topic(&message.topic)?, message.json()?)
 }
 
 async fn begin(adapters: &Adapters, start: Start<'_>) -> Result<(), Error> {
-    let name = execution_name(&start.key);
+    let name = start.name;
     let input = start.input.map_err(unbuilt)?;
     let request = adapters.step_functions.start_execution().state_machine_arn(start.state_machine);
     let outcome = match request.name(&name).input(input).send().await {
@@ -127,7 +128,7 @@ fn of_schedule<'a>(adapters: &'a Adapters, scheduled: &Scheduled) -> Start<'a> {
     let key = ["scheduled".to_owned(), "job".to_owned(), scheduled.scheduled_time.clone()];
     Start {
         state_machine: &adapters.on_premises_job_arn,
-        key,
+        name: execution_name(&key),
         input: serde_json::to_string(&scheduled.input),
         job: None,
     }
@@ -161,7 +162,7 @@ fn of_job(adapters: &Adapters, thing: ThingName, next: NotifyNext) -> Result<Opt
     let job =
         (thing.clone(), job_id.clone(), Started { operation_id: operation_id.clone(), execution_number, queued_at });
     let input = UpgradeInput { thing_name: thing, job_id, execution_number, queued_at, operation_id, document };
-    Ok(Some(Start { state_machine, key, input: serde_json::to_string(&input), job: Some(job) }))
+    Ok(Some(Start { state_machine, name: execution_name(&key), input: serde_json::to_string(&input), job: Some(job) }))
 }
 
 /// The configuration push of a session; none if its client is no thing, or one that has no user. The connection's number
@@ -171,6 +172,10 @@ async fn of_session<'a>(adapters: &'a Adapters, event: &PresenceEvent) -> Result
         .client_id
         .parse()
         .map_err(|error: InvalidId| Error::new(ErrorName::MalformedMessage, format!("clientId: {error}")))?;
+    let session = format!("{} {}", event.session_identifier, event.version_number);
+    if !adapters.allowances.allows(&event.client_id, Unasked::Session, session.as_bytes(), event.timestamp).await? {
+        return Ok(None);
+    }
     let thing = things::describe(&adapters.iot, thing_name.as_str()).await?;
     let external_id = thing.and_then(|mut thing| thing.attributes.remove("externalId")).filter(|id| !id.is_empty());
     if external_id.is_none() {
@@ -179,21 +184,22 @@ async fn of_session<'a>(adapters: &'a Adapters, event: &PresenceEvent) -> Result
     }
     let key = [thing_name.to_string(), event.session_identifier.clone(), event.version_number.to_string()];
     let input = ConfigPushInput { thing_name, connected_at: event.timestamp, external_id };
-    Ok(Some(Start { state_machine: &adapters.config_push_arn, key, input: serde_json::to_string(&input), job: None }))
-}
-
-/// The recovery of a failed update. The execution's name is its operation.
-fn of_failure(adapters: &Adapters, report: UpdateReport, received_at: i64) -> Result<Start<'_>, Error> {
-    let UpdateReport { thing_name, timestamp, model, firmware, .. } = report;
-    let key = [thing_name.to_string(), timestamp.to_string(), "failed".to_owned()];
-    let operation_id = execution_name(&key).parse().map_err(unbuilt)?;
-    let input = Failure { thing_name, operation_id, timestamp, received_at, model, firmware };
-    Ok(Start {
-        state_machine: &adapters.failed_update_recovery_arn,
-        key,
+    Ok(Some(Start {
+        state_machine: &adapters.config_push_arn,
+        name: execution_name(&key),
         input: serde_json::to_string(&input),
         job: None,
-    })
+    }))
+}
+
+/// The recovery of a device that has failed once too often. The execution's name is the failure's operation.
+fn of_recovery<'a>(adapters: &'a Adapters, input: &RecoveryInput) -> Start<'a> {
+    Start {
+        state_machine: &adapters.failed_update_recovery_arn,
+        name: input.failure.operation_id.to_string(),
+        input: serde_json::to_string(input),
+        job: None,
+    }
 }
 
 fn thing_of_topic(topic: &str) -> Result<ThingName, Error> {
@@ -201,25 +207,7 @@ fn thing_of_topic(topic: &str) -> Result<ThingName, Error> {
         .strip_prefix("$aws/things/")
         .and_then(|rest| rest.strip_suffix("/jobs/notify-next"))
         .and_then(|thing| thing.parse().ok())
-        .ok_or_else(|| {
-            Error::invalid("topic", topic, "$aws/things/{thing}/jobs/notify-next, presence, or iot/device/data")
-        })
-}
-
-/// The same parts always make the same name, other parts another one: Step Functions then refuses a second start.
-/// At most 80 characters of the set that it allows
-/// (<https://docs.aws.amazon.com/step-functions/latest/apireference/API_StartExecution.html>). The parts are there
-/// to be read; the hash tells `a-b` + `c` from `a` + `b-c`.
-fn execution_name(parts: &[String; 3]) -> String {
-    let mut hash = Sha256::new();
-    for part in parts {
-        hash.update(part.len().to_be_bytes());
-        hash.update(part);
-    }
-    let digest: String = hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect();
-    let plain = |c: char| if c.is_ascii_alphanumeric() || c == '-' { c } else { '_' };
-    let readable: String = parts.join("-").chars().map(plain).take(63).collect();
-    format!("{readable}-{digest}")
+        .ok_or_else(|| Error::invalid("topic", topic, "$aws/things/{thing}/jobs/notify-next, or presence"))
 }
 
 #[cfg(test)]
@@ -230,20 +218,6 @@ mod tests {
     use aws_sdk_iotjobsdataplane::types::{JobExecution, JobExecutionStatus};
     use aws_sdk_sfn::operation::start_execution::{StartExecutionError, StartExecutionOutput};
     use aws_smithy_mocks::{mock, mock_client};
-
-    #[test]
-    fn names_are_deterministic_distinct_and_allowed() {
-        let name_of = |parts: [&str; 3]| execution_name(&parts.map(str::to_owned));
-        let name = name_of(["job-1", "gateway:7", "1"]);
-        assert_eq!(name, name_of(["job-1", "gateway:7", "1"]));
-        assert!(name.starts_with("job-1-gateway_7-1-"), "{name}");
-        assert_ne!(name_of(["a-b", "c", "1"]), name_of(["a", "b-c", "1"]));
-        assert_ne!(name_of(["a", "b:c", "1"]), name_of(["a", "b_c", "1"]));
-        assert!(name_of(["gateway", "sessión/5", "0"]).starts_with("gateway-sessi_n_5-0-"));
-        let long = name_of([&"j".repeat(64), &"t".repeat(128), "12"]);
-        assert_eq!(long.len(), 80);
-        assert!(long.chars().all(|c| c.is_ascii_alphanumeric() || "-_".contains(c)));
-    }
 
     fn message(document: &serde_json::Value) -> String {
         use base64::{Engine, prelude::BASE64_STANDARD};
@@ -298,6 +272,7 @@ mod tests {
             config_push_arn: "arn:config-push".into(),
             failed_update_recovery_arn: "arn:recovery".into(),
             on_premises_job_arn: "arn:on-premises".into(),
+            allowances: crate::allowance::tests::unused(),
             executions,
             started,
             stack: "fleetflow".into(),
@@ -418,6 +393,15 @@ mod tests {
         payload: &serde_json::Value,
         registry: aws_smithy_mocks::Rule,
     ) -> (Result<(), Error>, Option<serde_json::Value>) {
+        start_with(topic, payload, &registry, crate::allowance::tests::unused()).await
+    }
+
+    async fn start_with(
+        topic: &str,
+        payload: &serde_json::Value,
+        registry: &aws_smithy_mocks::Rule,
+        allowances: Allowances,
+    ) -> (Result<(), Error>, Option<serde_json::Value>) {
         use base64::{Engine, prelude::BASE64_STANDARD};
         let started = std::sync::Arc::new(std::sync::Mutex::new(None));
         let seen = std::sync::Arc::clone(&started);
@@ -430,12 +414,8 @@ mod tests {
                 let already = aws_sdk_sfn::error::ErrorMetadata::builder().code("ExecutionAlreadyExists");
                 StartExecutionError::generic(already.build())
             });
-        let adapters = adapters(
-            mock_client!(aws_sdk_sfn, [&start]),
-            mock_client!(aws_sdk_iot, [&registry]),
-            executions(0),
-            remembered(),
-        );
+        let (step_functions, iot) = (mock_client!(aws_sdk_sfn, [&start]), mock_client!(aws_sdk_iot, [registry]));
+        let adapters = Adapters { allowances, ..adapters(step_functions, iot, executions(0), remembered()) };
         let message = serde_json::json!({
             "topic": topic, "payload": BASE64_STANDARD.encode(payload.to_string()), "clientId": "gateway-7",
             "principal": "a".repeat(64), "receivedAt": 5,
@@ -477,17 +457,33 @@ mod tests {
         assert!(outcome.unwrap_err().name.is_transient() && started.is_none());
     }
 
+    /// What is decided about a device starts its recovery, under the name of the failure.
     #[tokio::test]
-    async fn a_failure_of_what_is_no_thing_starts_nothing_whoever_reports_it() {
-        let topic = UPDATE_REPORTS_TOPIC;
-        let report = |of: &str| serde_json::json!({"_id_": of, "timestamp": "1", "status": "failed"});
-        let (outcome, started) = start_of(topic, &report("gateway-7"), thing(&[])).await;
-        assert_eq!((outcome, &started.unwrap()["thingName"]), (Ok(()), &"gateway-7".into()));
-        for id in ["gateway-7", "behind-a-gateway"] {
-            let unknown = registry_says("ResourceNotFoundException");
-            assert_eq!(start_of(topic, &report(id), unknown).await, (Ok(()), None));
-        }
-        let (outcome, started) = start_of(topic, &report("gateway-8"), thing(&[])).await;
-        assert_eq!((outcome.unwrap_err().name, started), (ErrorName::SenderMismatch, None));
+    async fn a_decision_starts_the_recovery_of_a_device() {
+        let body = r#"{"thingName":"gateway-7","operationId":"o-1","timestamp":1,"receivedAt":2,"decision":"PARK","attempt":10,"cycle":1}"#;
+        let start = mock!(aws_sdk_sfn::Client::start_execution)
+            .match_requests(move |request| {
+                request.state_machine_arn() == Some("arn:recovery")
+                    && request.name() == Some("o-1")
+                    && request.input() == Some(body)
+            })
+            .then_error(|| {
+                let already = aws_sdk_sfn::error::ErrorMetadata::builder().code("ExecutionAlreadyExists");
+                StartExecutionError::generic(already.build())
+            });
+        let adapters =
+            adapters(mock_client!(aws_sdk_sfn, [&start]), mock_client!(aws_sdk_iot, []), executions(0), remembered());
+        assert_eq!((handle(&adapters, body).await, start.num_calls()), (Ok(()), 1));
+    }
+
+    #[tokio::test]
+    async fn a_session_beyond_the_allowance_of_its_hour_costs_nothing_more() {
+        let topic = "$aws/events/presence/connected/gateway-7";
+        let event = serde_json::json!({
+            "clientId": "gateway-7", "timestamp": 1, "eventType": "connected", "sessionIdentifier": "s", "versionNumber": 0,
+        });
+        let registry = thing(&[("externalId", "user-7")]);
+        let (outcome, started) = start_with(topic, &event, &registry, crate::allowance::tests::used_up()).await;
+        assert_eq!((outcome, started, registry.num_calls()), (Ok(()), None, 0));
     }
 }

@@ -3,6 +3,7 @@
 use aws_config::{BehaviorVersion, Region, SdkConfig, retry::RetryConfig};
 use aws_sdk_dynamodb::config::{Credentials, SharedCredentialsProvider};
 use aws_smithy_http_client::test_util::infallible_client_fn;
+use fleet::allowance::Allowances;
 use fleet::device_registry::DeviceRegistry;
 use fleet::devices::worker_jobs::{self, WorkerJobs};
 use fleet::devices::{
@@ -25,12 +26,13 @@ use ureq::http::{Request, Response, Uri};
 pub(crate) const NOW: i64 = 1_764_000_000_000;
 
 /// The functions behind queues.
-pub(crate) const QUEUED: [&str; 9] = [
+pub(crate) const QUEUED: [&str; 10] = [
     "check-remediation",
     "get-device-settings",
     "handle-device-response",
     "ingest-telemetry",
     "record-success",
+    "retry-counter",
     "start-workflow",
     "stop-workflow",
     "track-presence",
@@ -38,7 +40,7 @@ pub(crate) const QUEUED: [&str; 9] = [
 ];
 
 /// The others, and what all that are behind queues have in common.
-pub(crate) const INVOKED: [&str; 9] = [
+pub(crate) const INVOKED: [&str; 8] = [
     "any behind a queue",
     "await-device",
     "configure-iot",
@@ -46,7 +48,6 @@ pub(crate) const INVOKED: [&str; 9] = [
     "publish-to-device",
     "remediate",
     "restore-attributes",
-    "retry-counter",
     "store-task-token",
 ];
 
@@ -66,7 +67,7 @@ pub(crate) struct Functions {
     start: start_workflow::Adapters,
     stop: stop_workflow::Adapters,
     responses: handle_device_response::Adapters,
-    registry: Registry,
+    successes: record_success::Adapters,
     job_updates: update_job::Adapters,
     telemetry: ingest_telemetry::Adapters,
     remedies: remediate::Adapters,
@@ -123,6 +124,7 @@ impl Functions {
         let executions = JobExecutions::new(job_executions.clone());
         let started = StartedOperations::new(aws_sdk_dynamodb::Client::new(aws), text());
         let notifications = Queue::new(aws, text());
+        let allowances = Allowances::new(aws_sdk_dynamodb::Client::new(aws), text());
         let registry = Registry { iot: iot.clone(), table: RecoveryTable::new(aws, text()) };
         Self {
             presence: presence::Adapters {
@@ -137,6 +139,7 @@ impl Functions {
                 config_push_arn: text(),
                 failed_update_recovery_arn: text(),
                 on_premises_job_arn: text(),
+                allowances: allowances.clone(),
                 executions: executions.clone(),
                 started: started.clone(),
                 stack: text(),
@@ -153,12 +156,13 @@ impl Functions {
                 rendezvous: rendezvous.clone(),
                 registry: device_registry.clone(),
                 settings: settings.clone(),
+                allowances: allowances.clone(),
                 sns: aws_sdk_sns::Client::new(aws),
                 events_topic_arn: text(),
                 mqtt: mqtt.clone(),
                 worker_jobs: worker_jobs.clone(),
             },
-            registry: registry.clone(),
+            successes: record_success::Adapters { registry: registry.clone(), allowances: allowances.clone() },
             job_updates: update_job::Adapters {
                 jobs: job_executions,
                 executions,
@@ -192,6 +196,9 @@ impl Functions {
                 .expect("the schema is good"),
             counter: retry_counter::Adapters {
                 table: registry.table.clone(),
+                iot: registry.iot.clone(),
+                allowances,
+                recoveries: Queue::new(aws, text()),
                 limits: Limits { attempts: 10, cycles: 2 },
             },
             restoring: restore_attributes::Adapters { registry, failed_group: text() },
@@ -210,7 +217,8 @@ impl Functions {
                 let deadline = SystemTime::now() + Duration::from_secs(10);
                 ingest_telemetry::handle(&self.telemetry, &[message], NOW, deadline).await.into_iter().collect()
             }
-            "record-success" => record_success::handle(&self.registry, body).await,
+            "record-success" => record_success::handle(&self.successes, body).await,
+            "retry-counter" => retry_counter::handle(&self.counter, body).await,
             "start-workflow" => start_workflow::handle(&self.start, body).await,
             "stop-workflow" => stop_workflow::handle(&self.stop, body).await,
             "track-presence" => presence::track(&self.presence, body).await,
@@ -240,7 +248,6 @@ impl Functions {
                 Ok(())
             }
             "restore-attributes" => restore_attributes::handle(&self.restoring, one(payload)?).await.map(drop),
-            "retry-counter" => retry_counter::handle(&self.counter, one(payload)?).await.map(drop),
             "store-task-token" => store_task_token::handle(&self.waits, one(payload)?).await,
             other => panic!("{other} is not invoked"),
         }
