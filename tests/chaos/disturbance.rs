@@ -18,6 +18,7 @@ pub(crate) struct Disturbance {
     point: Option<Point>,
     skip: u32,
     times: u32,
+    lasts: Option<u64>,
     effect: Effect,
 }
 
@@ -28,7 +29,7 @@ impl Disturbance {
         match functions.get(turn / 2) {
             Some(point) => {
                 let effect = if turn.is_multiple_of(2) { Effect::KillBefore } else { Effect::KillAfter };
-                Self { point: Some(*point), skip: 0, times: 1, effect }
+                Self { point: Some(*point), skip: 0, times: 1, lasts: None, effect }
             }
             None => Self::kill(random, points),
         }
@@ -65,8 +66,8 @@ impl Disturbance {
     /// more. What goes on then goes on because a queue delivers again, or a state is tried again.
     pub(crate) fn outage(random: &mut StdRng, points: &[Point]) -> Self {
         let point = points.choose(random).copied();
-        let effect = if random.random() { Effect::Outage } else { Effect::ThrottleFor };
-        Self { point, skip: random.random_range(0..2), times: 0, effect: effect(outage_milliseconds()) }
+        let effect = if random.random() { Effect::Unavailable } else { Effect::Throttle };
+        Self { point, skip: random.random_range(0..2), times: 1, lasts: Some(outage_milliseconds()), effect }
     }
 
     /// An API that fails for a short time or for a long one.
@@ -82,8 +83,9 @@ impl Disturbance {
             function: Some(String::new()),
             operation: None,
             skip: 0,
-            times: 0,
-            effect: Effect::ThrottleFor(outage_milliseconds()),
+            times: 1,
+            lasts: Some(outage_milliseconds()),
+            effect: Effect::Throttle,
         }
     }
 
@@ -92,7 +94,7 @@ impl Disturbance {
         let point = if named { points.choose(random).copied() } else { None };
         // The same call is made a few times about a subject, and all of them together some twenty times.
         let skip = if named { random.random_range(0..3) } else { random.random_range(0..20) };
-        Self { point, skip, times, effect }
+        Self { point, skip, times, lasts: None, effect }
     }
 
     /// The proxy's rule for the calls that have the case's name in them.
@@ -105,6 +107,7 @@ impl Disturbance {
             operation: operation.map(str::to_owned),
             skip: self.skip,
             times: self.times,
+            lasts: self.lasts,
             effect: self.effect,
         }
     }
@@ -122,11 +125,10 @@ fn of_functions(points: &[Point]) -> Vec<Point> {
 
 impl fmt::Display for Disturbance {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { point, skip, times, effect } = self;
-        match effect {
-            Effect::Outage(_) | Effect::ThrottleFor(_) => write!(f, "{effect:?} from call {} of ", skip + 1)?,
-            _ => write!(f, "{effect:?} {times}x from call {} of ", skip + 1)?,
-        }
+        let Self { point, skip, times, lasts, effect } = self;
+        let how_long =
+            lasts.map_or_else(|| format!("{times}x"), |milliseconds| format!("for {} s", milliseconds / 1000));
+        write!(f, "{effect:?} {how_long} from call {} of ", skip + 1)?;
         f.write_str(&point.map_or_else(|| "any".to_owned(), name))
     }
 }

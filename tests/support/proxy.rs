@@ -25,6 +25,7 @@ impl Proxy {
             operation: Some(operation.to_owned()),
             skip,
             times: 1,
+            lasts: None,
             effect: Effect::KillAfter,
         }
     }

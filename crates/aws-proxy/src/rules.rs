@@ -26,6 +26,9 @@ pub struct Rule {
     /// How many it disturbs.
     #[serde(default = "once")]
     pub times: u32,
+    /// For how many milliseconds it disturbs, from the first of them on; then `times` does not count.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lasts: Option<u64>,
     /// What it does.
     pub effect: Effect,
 }
@@ -42,10 +45,6 @@ pub enum Effect {
     Throttle,
     /// The API fails with an error of its own.
     Unavailable,
-    /// The API fails for so many milliseconds from the first of the calls on, however often it is called: `times` does not count.
-    Outage(u64),
-    /// The same, with a refusal for the rate.
-    ThrottleFor(u64),
     /// The call is carried out, and its connection breaks before the answer. Matches calls of functions only: Step Functions sees to
     /// the connections of its own tasks itself.
     LoseAnswer,
@@ -67,7 +66,7 @@ pub struct State {
     pub matched: u32,
     /// The calls that it has disturbed: function and operation.
     pub disturbed: Vec<String>,
-    /// When an outage has begun.
+    /// When a rule that lasts has begun.
     #[serde(skip)]
     began: Option<Instant>,
 }
@@ -103,14 +102,15 @@ impl State {
             return None;
         }
         self.matched += 1;
-        let Rule { skip, times, effect, .. } = self.rule;
-        let is_over = match effect {
-            Effect::Outage(milliseconds) | Effect::ThrottleFor(milliseconds) if self.matched > skip => {
-                self.began.get_or_insert_with(Instant::now).elapsed() >= Duration::from_millis(milliseconds)
-            }
-            _ => self.matched > skip.saturating_add(times),
+        let Rule { skip, times, lasts, effect, .. } = self.rule;
+        if self.matched <= skip {
+            return None;
+        }
+        let is_over = match lasts.map(Duration::from_millis) {
+            Some(time) => self.began.get_or_insert_with(Instant::now).elapsed() >= time,
+            None => self.matched > skip.saturating_add(times),
         };
-        if self.matched <= skip || is_over {
+        if is_over {
             return None;
         }
         let Operation { service, name } = call.operation;
@@ -131,6 +131,7 @@ mod tests {
             operation: None,
             skip: 1,
             times: 2,
+            lasts: None,
             effect,
         }
     }
@@ -153,10 +154,10 @@ mod tests {
     fn an_outage_lasts_as_long_as_it_lasts_and_no_longer() {
         let operation = Operation { service: "iot".into(), name: "DescribeThing".into() };
         let call = Call { function: None, operation: &operation, path: "/thing-1", body: b"" };
-        let mut state = State::from(rule(Effect::Outage(60_000)));
+        let mut state = State::from(Rule { lasts: Some(60_000), ..rule(Effect::Unavailable) });
         let effects: Vec<_> = (0..5).map(|_| state.effect(&call).is_some()).collect();
         assert_eq!(effects, [false, true, true, true, true], "{state:?}");
-        let mut state = State::from(rule(Effect::Outage(0)));
+        let mut state = State::from(Rule { lasts: Some(0), ..rule(Effect::Unavailable) });
         assert_eq!([state.effect(&call), state.effect(&call)], [None, None]);
     }
 

@@ -128,8 +128,8 @@ async fn forward(
     let mut count = Count { calls: 1, ..Count::default() };
 
     let answer = match effect {
-        Some(Effect::Throttle | Effect::ThrottleFor(_)) => response(Refusal::Throttled, &operation, &head.headers),
-        Some(Effect::Unavailable | Effect::Outage(_)) => response(Refusal::Unavailable, &operation, &head.headers),
+        Some(Effect::Throttle) => response(Refusal::Throttled, &operation, &head.headers),
+        Some(Effect::Unavailable) => response(Refusal::Unavailable, &operation, &head.headers),
         Some(Effect::KillBefore) => {
             end(caller);
             broken()
