@@ -4,9 +4,9 @@ use crate::Error;
 use crate::aws::{now_seconds, number, text};
 use crate::error::aws;
 use aws_sdk_dynamodb::operation::update_item::UpdateItemError;
+use aws_sdk_dynamodb::operation::update_item::builders::UpdateItemFluentBuilder;
 use aws_sdk_dynamodb::types::{AttributeValue, ReturnValuesOnConditionCheckFailure};
 use sha2::{Digest, Sha256};
-use std::collections::HashMap;
 
 /// How many messages of a kind a device is heard with in an hour: ten times what an honest one that is ill says.
 pub const AN_HOUR: u32 = 100;
@@ -74,7 +74,7 @@ impl Allowances {
         let Err(error) = heard.send().await else { return Ok(true) };
         match error.as_service_error() {
             Some(UpdateItemError::ConditionalCheckFailedException(failed)) => {
-                if !failed.item().is_some_and(is_known_to_be_refused) {
+                if !failed.item().is_some_and(|item| item.contains_key("refused")) {
                     self.note_refusal(&key, client, what).await?;
                 }
                 Ok(false)
@@ -95,16 +95,9 @@ impl Allowances {
         noted.map(|_| ()).map_err(|error| aws("dynamodb:UpdateItem", &error))
     }
 
-    fn update(
-        &self,
-        key: &AttributeValue,
-    ) -> aws_sdk_dynamodb::operation::update_item::builders::UpdateItemFluentBuilder {
+    fn update(&self, key: &AttributeValue) -> UpdateItemFluentBuilder {
         self.client.update_item().table_name(&self.table).key("allowance", key.clone())
     }
-}
-
-fn is_known_to_be_refused(item: &HashMap<String, AttributeValue>) -> bool {
-    item.contains_key("refused")
 }
 
 #[cfg(test)]
@@ -113,6 +106,7 @@ pub(crate) mod tests {
     use aws_sdk_dynamodb::operation::update_item::UpdateItemOutput;
     use aws_sdk_dynamodb::types::error::ConditionalCheckFailedException;
     use aws_smithy_mocks::{Rule, RuleMode, mock, mock_client};
+    use std::collections::HashMap;
 
     fn heard() -> Rule {
         mock!(aws_sdk_dynamodb::Client::update_item).then_output(|| UpdateItemOutput::builder().build())

@@ -50,6 +50,11 @@ impl MqttMessage {
             .map_err(|error| Error::new(ErrorName::MalformedMessage, format!("payload: {error}")))
     }
 
+    /// What tells it from others that were published at the same time.
+    pub(crate) fn said(&self) -> &[u8] {
+        self.payload.as_bytes()
+    }
+
     /// The thing that published it, unless somebody with IAM credentials did, such as people who try a workflow: their policy has
     /// let them. Who is neither (an identity of Amazon Cognito, whoever a custom authorizer lets in) is nobody: no thing has that
     /// name.

@@ -3,13 +3,10 @@
 //! Anybody with credentials may connect under a name that is no thing's, and report on what is none. That is known and foreign: it
 //! starts nothing and is kept nowhere.
 
-use crate::allowance::{Allowances, Unasked};
 use crate::error::{aws, code};
-use crate::queue::MqttMessage;
 use crate::{Error, ErrorName};
 use aws_sdk_iot::types::AttributePayload;
 use protocol::ThingName;
-use protocol::recovery::UpdateReport;
 use std::collections::HashMap;
 
 /// A thing as the registry has it.
@@ -90,35 +87,15 @@ pub(crate) async fn write(
         Ok(_) => Ok(Written::Yes),
         Err(error) => match code(&error) {
             Some("VersionConflictException") => Ok(Written::Outdated),
-            Some("ResourceNotFoundException") => {
-                Err(Error::new(ErrorName::DeviceNotFound, format!("the registry has no thing {thing}")))
-            }
+            Some("ResourceNotFoundException") => Err(unknown(thing)),
             _ => Err(aws("iot:UpdateThing", &error)),
         },
     }
 }
 
-/// A report on an update of a thing, and when the broker got it (Unix milliseconds); none if the message is about what is no thing, or
-/// one of too many. They are counted for whoever speaks: a device that speaks for others does not use up what these may say.
-pub(crate) async fn update_report(
-    iot: &aws_sdk_iot::Client,
-    allowances: &Allowances,
-    message: &MqttMessage,
-) -> Result<Option<(UpdateReport, i64)>, Error> {
-    let Some((report, received_at)) = message.update_report()? else {
-        tracing::info!(topic = message.topic, outcome = "IGNORED", "no report: it names no thing");
-        return Ok(None);
-    };
-    let client = message.sender().unwrap_or(report.thing_name.as_str());
-    if !allowances.allows(client, Unasked::UpdateReport, &message.payload()?, received_at).await? {
-        return Ok(None);
-    }
-    if describe(iot, report.thing_name.as_str()).await?.is_none() {
-        tracing::info!(thing = report.thing_name.as_str(), outcome = "IGNORED", "the registry has no such thing");
-        return Ok(None);
-    }
-    message.check_sender(&report.thing_name)?;
-    Ok(Some((report, received_at)))
+/// The error of a thing that there is not.
+pub(crate) fn unknown(thing: &ThingName) -> Error {
+    Error::new(ErrorName::DeviceNotFound, format!("the registry has no thing {thing}"))
 }
 
 #[cfg(test)]

@@ -57,15 +57,14 @@ pub async fn handle(adapters: &Adapters, body: &str) -> Result<(), Error> {
             let arrival = apply(adapters, &thing, response).await?;
             if let Some(arrival) = arrival.filter(|_| is_boot)
                 && adapters.owns_device_topics
-                && is_heard(adapters, &thing, &message).await?
             {
                 let runs = runs.filter(|version| arrival.is_news(version));
-                adapters.registry.record(&thing, &Said { runs, speaks: Some(protocol), instead_of: None }).await?;
+                hear_boot(adapters, &thing, &message, &Said { runs, speaks: Some(protocol), instead_of: None }).await?;
             }
         }
         Report::Event(DeviceEvent::Booted { cause, firmware_version }) if adapters.owns_device_topics => {
-            if is_heard(adapters, &thing, &message).await? {
-                adapters.registry.record(&thing, &Said { runs, speaks: Some(protocol), instead_of: None }).await?;
+            let said = Said { runs, speaks: Some(protocol), instead_of: None };
+            if hear_boot(adapters, &thing, &message, &said).await? {
                 publish_boot(adapters, &thing, cause, firmware_version).await?;
             }
         }
@@ -80,10 +79,14 @@ pub async fn handle(adapters: &Adapters, body: &str) -> Result<(), Error> {
     }
 }
 
-/// Whether a boot is heard of: of a device that does nothing else, not each.
-async fn is_heard(adapters: &Adapters, thing: &ThingName, message: &MqttMessage) -> Result<bool, Error> {
+/// Records what a device has said with its boot, unless it is one of too many; whether it was heard.
+async fn hear_boot(adapters: &Adapters, thing: &ThingName, message: &MqttMessage, said: &Said) -> Result<bool, Error> {
     let received_at = message.received_at().unwrap_or_else(|_| now_millis());
-    adapters.allowances.allows(thing.as_str(), Unasked::Boot, &message.payload()?, received_at).await
+    let is_heard = adapters.allowances.allows(thing.as_str(), Unasked::Boot, message.said(), received_at).await?;
+    if is_heard {
+        adapters.registry.record(thing, said).await?;
+    }
+    Ok(is_heard)
 }
 
 async fn apply_setting(adapters: &Adapters, thing: &ThingName, response: &SettingResponse) -> Result<(), Error> {

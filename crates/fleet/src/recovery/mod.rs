@@ -5,6 +5,7 @@ mod device;
 mod model;
 pub mod record_success;
 mod registry;
+mod reports;
 pub mod restore_attributes;
 pub mod retry_counter;
 mod table;

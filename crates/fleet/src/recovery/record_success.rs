@@ -1,11 +1,11 @@
 //! A device has updated itself after all: its history is cleared and, if it is parked, its parking ends.
 
 use super::registry::Registry;
+use super::reports;
 use crate::Error;
 use crate::allowance::Allowances;
 use crate::aws::now_seconds;
 use crate::queue::MqttMessage;
-use crate::things;
 
 /// What the handler reaches.
 #[derive(Debug)]
@@ -20,7 +20,7 @@ pub struct Adapters {
 pub async fn handle(adapters: &Adapters, body: &str) -> Result<(), Error> {
     let Adapters { registry, allowances } = adapters;
     let message = MqttMessage::parse(body)?;
-    let report = things::update_report(&registry.iot, allowances, &message).await?;
+    let report = reports::heard(&registry.iot, allowances, &message).await?;
     let Some((report, received_at)) = report else { return Ok(()) };
     let thing = &report.thing_name;
     let (device, outcome) =

@@ -2,7 +2,6 @@
 
 use super::device::{ATTRIBUTES, Device, Registered, Step, Values};
 use super::table::RecoveryTable;
-use crate::error::{aws, code};
 use crate::things::{self, WrittenAttribute};
 use crate::{Error, ErrorName};
 use protocol::{OperationId, ThingName};
@@ -65,14 +64,9 @@ impl Registry {
     }
 
     async fn read(&self, thing: &ThingName) -> Result<Registered, Error> {
-        let described = self.iot.describe_thing().thing_name(thing.as_str()).send().await.map_err(|error| {
-            if code(&error) == Some("ResourceNotFoundException") {
-                return Error::new(ErrorName::DeviceNotFound, format!("the registry has no thing {thing}"));
-            }
-            aws("iot:DescribeThing", &error)
-        })?;
-        let mut attributes: Values = described.attributes.unwrap_or_default().into_iter().collect();
-        attributes.retain(|name, _| ATTRIBUTES.contains(&name.as_str()));
+        let described = things::describe(&self.iot, thing.as_str()).await?.ok_or_else(|| things::unknown(thing))?;
+        let is_ours = |(name, _): &(String, String)| ATTRIBUTES.contains(&name.as_str());
+        let attributes = described.attributes.into_iter().filter(is_ours).collect();
         Ok(Registered { version: described.version, attributes })
     }
 

@@ -1,13 +1,13 @@
 //! Counts a device's failed update, and says what it comes to. Only a decision to park a device or to give it up starts an execution.
 
-use super::device::Limits;
+use super::device::{Counted, Limits};
+use super::reports;
 use super::table::RecoveryTable;
 use crate::Error;
 use crate::allowance::Allowances;
 use crate::error::unbuilt;
 use crate::execution_name::execution_name;
 use crate::queue::{MqttMessage, Queue};
-use crate::things;
 use protocol::recovery::{Decision, Failure, RecoveryInput, UpdateReport};
 use protocol::{OperationId, ThingName};
 
@@ -30,7 +30,7 @@ pub struct Adapters {
 /// is started once.
 pub async fn handle(adapters: &Adapters, body: &str) -> Result<(), Error> {
     let message = MqttMessage::parse(body)?;
-    let report = things::update_report(&adapters.iot, &adapters.allowances, &message).await?;
+    let report = reports::heard(&adapters.iot, &adapters.allowances, &message).await?;
     let Some((report, received_at)) = report else { return Ok(()) };
     let input = count(adapters, failure(report, received_at)?).await?;
     if matches!(input.decision, Decision::Park | Decision::Quarantine) {
@@ -54,7 +54,7 @@ pub fn operation_of(thing: &ThingName, timestamp: i64) -> Result<OperationId, Er
 async fn count(adapters: &Adapters, failure: Failure) -> Result<RecoveryInput, Error> {
     let thing = failure.thing_name.as_str();
     let (device, counted) = adapters.table.change(thing, |device| device.fail(&failure, adapters.limits)).await?;
-    let super::device::Counted { decision, attempt, cycle } = counted;
+    let Counted { decision, attempt, cycle } = counted;
     tracing::info!(
         outcome = "COUNTED",
         thing,

@@ -79,9 +79,14 @@ impl Adapters {
             places,
         }
     }
-}
 
-impl Adapters {
+    /// Has a check come when a reading has had twice the time to show an effect.
+    async fn ask_for_check_of(&self, remedy: &Remedy) -> Result<(), Error> {
+        let effect_after = self.rules.temperature.effect_after.max(self.rules.humidity.effect_after) / 1000;
+        let check = Check { device: remedy.sample.device.clone(), remedy: remedy.id.clone() };
+        self.ask_for_check(&check, (2 * effect_after).min(LONGEST_DELAY)).await
+    }
+
     /// Has a check come in so many seconds.
     pub(crate) async fn ask_for_check(&self, check: &Check, delay: i64) -> Result<(), Error> {
         let body = serde_json::to_string(check).map_err(unbuilt)?;
@@ -151,7 +156,7 @@ async fn apply(adapters: &Adapters, remedy: &Remedy, is_late: bool) -> Result<()
         let Rules { temperature, humidity } = &adapters.rules;
         let remediation =
             Remediation { device: sample.device.clone(), temperature: temperature.target, humidity: humidity.target };
-        ask_for_check(adapters, remedy).await?;
+        adapters.ask_for_check_of(remedy).await?;
         publish(&adapters.mqtt, remediation.encode(&sample.building)).await?;
         let Sample { temperature, humidity, .. } = sample;
         tracing::info!(outcome = "REMEDIATED", device, temperature, humidity, metrics = ?act_on);
@@ -161,14 +166,6 @@ async fn apply(adapters: &Adapters, remedy: &Remedy, is_late: bool) -> Result<()
         }
     }
     Ok(())
-}
-
-/// The check comes when a reading has had twice the time to show an effect.
-async fn ask_for_check(adapters: &Adapters, remedy: &Remedy) -> Result<(), Error> {
-    let Rules { temperature, humidity } = &adapters.rules;
-    let effect_after = temperature.effect_after.max(humidity.effect_after) / 1000;
-    let check = Check { device: remedy.sample.device.clone(), remedy: remedy.id.clone() };
-    adapters.ask_for_check(&check, (2 * effect_after).min(LONGEST_DELAY)).await
 }
 
 async fn record(adapters: &Adapters, remedy: &Remedy) -> Result<(), Error> {
