@@ -8,17 +8,11 @@ use fleet::allowance::AN_HOUR;
 use futures_util::future::join_all;
 use protocol::recovery::{UpdateReport, UpdateStatus};
 use protocol::{DeviceFailure, OperationId, ProtocolName, ReplyTo, Step, StepOutcome, ThingName};
-use tests::{Cloud, MqttDevice, ScriptedDevice, eventually, now, saw};
+use tests::{Cloud, MqttDevice, ScriptedDevice, now, saw};
 
 const HOUR: i64 = 3_600_000;
 /// More than a device is heard with in two hours, should the test run through the end of one.
 const FLOOD: i64 = 2 * AN_HOUR as i64 + 50;
-
-async fn drained(cloud: &Cloud, queues: &[&str]) {
-    for queue in queues {
-        eventually(&format!("{queue} is empty"), || async { cloud.is_drained(queue).await.then_some(()) }).await;
-    }
-}
 
 fn failure(thing: &ThingName, timestamp: i64) -> UpdateReport {
     let status = UpdateStatus::Failed;
@@ -36,7 +30,7 @@ async fn a_device_that_reports_failures_without_end_is_heard_a_hundred_times_an_
     join_all((0..FLOOD).map(|number| flooding.publish(failure(&bad.thing, begin + number).encode()))).await;
     other.publish(failure(&honest.thing, begin).encode()).await;
     cloud.await_recovery(&honest.thing, "another device is heard", |device| device.attempts == 1).await;
-    drained(&cloud, &["FailedUpdatesQueue", "RecoveriesQueue"]).await;
+    cloud.drained(&["FailedUpdatesQueue", "RecoveriesQueue"]).await;
     assert_heard(&cloud, &format!("{}#update-report", bad.thing), begin).await;
     let device = cloud.recovery(&bad.thing).await;
     assert!(i64::from(device.cycles * 10 + device.attempts + device.ignored) < FLOOD, "{device:?}");
@@ -62,7 +56,7 @@ async fn an_answer_to_an_operation_that_never_was_leaves_nothing_behind() {
         }
         device.succeed(&operation, &reply_to, Step::FirmwareTransferred, "9.9.9").await;
         device.succeed(&operation, &reply_to, Step::DeviceRebooted, "9.9.9").await;
-        drained(&cloud, &["DeviceResponsesQueue"]).await;
+        cloud.drained(&["DeviceResponsesQueue"]).await;
         let query = cloud.dynamodb.query().table_name(cloud.output("RendezvousTableName")).consistent_read(true);
         let key = aws_sdk_dynamodb::types::AttributeValue::S(format!("{thing}#{operation}"));
         let query =
@@ -87,7 +81,7 @@ async fn a_device_that_boots_without_end_is_heard_a_hundred_times_an_hour() {
     for number in 0..FLOOD {
         device.publish(device.encoding().encode_boot(thing, &format!("1.0.{number}"), now())).await;
     }
-    drained(&cloud, &["DeviceResponsesQueue"]).await;
+    cloud.drained(&["DeviceResponsesQueue"]).await;
     assert_heard(&cloud, &format!("{thing}#boot"), begin).await;
     let changes = version_of(&cloud, thing).await - before;
     assert!((1..FLOOD).contains(&changes), "{changes} changes");

@@ -54,9 +54,8 @@ async fn settled(cloud: &Cloud) {
     assert_eq!(cloud.pushed(&participant.thing, 1).await[0].output["status"], "SUCCESS");
     cloud.fail(&participant.thing, [now()]).await;
     cloud.await_recovery(&participant.thing, "one failure", |device| device.attempts == 1).await;
-    for queue in ["PresenceQueue", "SessionsQueue", "FailedUpdatesQueue", "SucceededUpdatesQueue", "RecoveriesQueue"] {
-        eventually(&format!("{queue} is empty"), || async { cloud.is_drained(queue).await.then_some(()) }).await;
-    }
+    let queues = ["PresenceQueue", "SessionsQueue", "FailedUpdatesQueue", "SucceededUpdatesQueue", "RecoveriesQueue"];
+    cloud.drained(&queues).await;
 }
 
 async fn started_nothing(cloud: &Cloud, client: &str) {

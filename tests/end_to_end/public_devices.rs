@@ -32,14 +32,6 @@ async fn await_attribute(cloud: &Cloud, thing: &ThingName, name: &str, value: &s
     eventually(&what, || async { (cloud.attribute(thing, name).await.as_deref() == Some(value)).then_some(()) }).await;
 }
 
-/// Waits until everything that devices have said is handled.
-async fn await_handled(cloud: &Cloud) {
-    eventually("what devices say is handled", || async {
-        cloud.is_drained("DeviceResponsesQueue").await.then_some(())
-    })
-    .await;
-}
-
 /// A job with the three fields of README, whose image lies where README says: its id.
 async fn upgrade(cloud: &Cloud, target: &str, version: &str) -> String {
     upgrade_from(cloud, target, version, "").await
@@ -100,7 +92,7 @@ async fn the_public_usp_agent_is_upgraded_with_three_fields() {
         let job = upgrade_from(&cloud, &group, name, folder).await;
         assert_eq!(end_of(&cloud, &job, &thing).await, Ended::new(Failed, reason));
         assert_no_signature(&cloud, &job, &thing).await;
-        await_handled(&cloud).await;
+        cloud.drained(&["DeviceResponsesQueue"]).await;
         assert_eq!(version().await.as_deref(), Some("7.0.1"), "after {name}");
     }
     fleet.stop().await;
@@ -187,7 +179,7 @@ async fn the_registry_knows_what_a_device_runs() {
         device.publish(boot("1.1.0")).await;
         runs("1.1.0").await;
         device.publish(boot("1.2.0+build")).await;
-        await_handled(&cloud).await;
+        cloud.drained(&["DeviceResponsesQueue"]).await;
         assert_eq!(cloud.attribute(&thing, "firmwareVersion").await.as_deref(), Some("1.1.0"));
 
         let job = upgrade(&cloud, &group, "8.0.0").await;
@@ -231,7 +223,7 @@ async fn the_registry_knows_what_a_device_runs() {
         assert_no_signature(&cloud, &job, &thing).await;
         let (_, details) = cloud.job_execution(&job, &thing).await.unwrap();
         assert!(details["cause"].contains("firmware/8.2.0?…"), "{details:?}");
-        await_handled(&cloud).await;
+        cloud.drained(&["DeviceResponsesQueue"]).await;
         assert_eq!(cloud.attribute(&thing, "firmwareVersion").await.as_deref(), Some("8.0.2"));
     }
 }

@@ -340,6 +340,13 @@ impl Cloud {
         queue
     }
 
+    /// Waits until everything in these queues has been handled.
+    pub async fn drained(&self, queues: &[&str]) {
+        for queue in queues {
+            eventually(&format!("{queue} is empty"), || async { self.is_drained(queue).await.then_some(()) }).await;
+        }
+    }
+
     /// Whether everything in the queue has been handled.
     pub async fn is_drained(&self, name: &str) -> bool {
         use aws_sdk_sqs::types::QueueAttributeName::{

@@ -253,19 +253,14 @@ impl<'a> Bench<'a> {
 
     /// These failures of each device.
     fn fail(&self, failures: RangeInclusive<usize>) -> Result<()> {
-        let message = |failure: usize, device: usize| {
-            let (thing, time) = (format!("failing-{device:04}"), (1_711_320_208_793 + failure).to_string());
-            let payload = json!({"_id_": thing, "timestamp": time, "status": "failed", "model": "wo:v8", "FW": "2.27"});
-            json!({"topic": "iot/device/data", "payload": payload}).to_string()
-        };
-        let messages = failures.flat_map(|failure| (1..=FAILING).map(move |device| message(failure, device)));
-        self.publish(messages)
+        let of_all = |failure| (1..=FAILING).map(move |device| failed_update(&format!("failing-{device:04}"), failure));
+        self.publish(failures.flat_map(of_all))
     }
 
-    /// Publishes messages, each a line of JSON with topic and payload.
-    pub(super) fn publish(&self, messages: impl Iterator<Item = String>) -> Result<()> {
+    /// Publishes messages, each with its topic and payload.
+    pub(super) fn publish(&self, messages: impl Iterator<Item = Value>) -> Result<()> {
         let file = self.stack.cloud.run.file("messages.jsonl");
-        fs::write(&file, messages.collect::<Vec<_>>().join("\n"))?;
+        fs::write(&file, messages.map(|message| message.to_string()).collect::<Vec<_>>().join("\n"))?;
         let mut command = self.stack.cloud.script(self.stack.project, "publish_messages.py");
         command.arg(&file);
         self.command("publish-messages", &mut command)
@@ -389,7 +384,7 @@ impl<'a> Bench<'a> {
         Ok(process)
     }
 
-    pub(super) fn command(&self, name: &str, command: &mut Command) -> Result<()> {
+    fn command(&self, name: &str, command: &mut Command) -> Result<()> {
         self.stack.project.processes.run(&format!("`{name}`"), command, &self.stack.cloud.run.log(name))
     }
 
@@ -429,6 +424,13 @@ impl<'a> Bench<'a> {
             None => bail!("{} executions instead of {count}", executions.len()),
         }
     }
+}
+
+/// A thing's report of its failure of that number.
+pub(super) fn failed_update(thing: &str, number: usize) -> Value {
+    let time = (1_711_320_208_793 + number).to_string();
+    let payload = json!({"_id_": thing, "timestamp": time, "status": "failed", "model": "wo:v8", "FW": "2.27"});
+    json!({"topic": "iot/device/data", "payload": payload})
 }
 
 pub(super) fn transitions(executions: &[Execution]) -> u64 {

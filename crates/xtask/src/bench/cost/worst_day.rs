@@ -4,7 +4,7 @@ use anyhow::Result;
 use serde_json::{Value, json};
 
 use super::super::Findings;
-use super::paths::{Bench, transitions};
+use super::paths::{Bench, failed_update, transitions};
 use crate::costs::{Amounts, Prices, scaled};
 use crate::program::Programs;
 use crate::project::Project;
@@ -24,12 +24,7 @@ const FURTHER: usize = 200;
 type Flood = (&'static str, &'static str, fn(usize) -> Value);
 
 const FLOODS: &[Flood] = &[
-    ("device", "its update has failed, each time anew", |number| {
-        let time = (1_711_320_208_793 + number).to_string();
-        let payload =
-            json!({"_id_": "flood-0001", "timestamp": time, "status": "failed", "model": "wo:v8", "FW": "2.27"});
-        json!({"topic": "iot/device/data", "payload": payload})
-    }),
+    ("device", "its update has failed, each time anew", |number| failed_update("flood-0001", number)),
     ("device", "its update has succeeded", |number| {
         let time = (1_711_320_208_793 + number).to_string();
         let payload = json!({"_id_": "flood-0002", "timestamp": time, "status": "succeeded"});
@@ -128,7 +123,7 @@ fn said(bench: &Bench<'_>, message: fn(usize) -> Value, from: usize, count: usiz
     let machine = bench.stack.outputs.get("FailedUpdateRecoveryArn")?;
     let known = bench.names(machine)?;
     let since = bench.meter.reset()?;
-    bench.publish((from..from + count).map(|number| message(number).to_string()))?;
+    bench.publish((from..from + count).map(message))?;
     bench.settle()?;
     let mut reading = bench.meter.read(since)?;
     let mut executions = bench.executions(machine)?;
