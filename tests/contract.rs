@@ -438,6 +438,38 @@ fn what_the_settings_api_can_hold_up_is_bounded() {
     assert_eq!(state["Arguments"]["MessageBody"]["waitsUntil"], format!("{{% $millis() + {wait}000 %}}"));
 }
 
+/// While AWS takes no answers for an hour, devices have answered all the same.
+#[test]
+fn the_waits_for_a_device_outlast_an_hour() {
+    const HOUR: u64 = 3600;
+    let template = template();
+    let seconds = |parameter: &str, field: &str| template["Parameters"][parameter][field].as_u64().expect("a number");
+    for parameter in ["TransferTimeoutSeconds", "InstallTimeoutSeconds", "RebootTimeoutSeconds"] {
+        assert!(seconds(parameter, "Default") > HOUR, "{parameter}");
+    }
+    let machines = state_machines();
+    for (name, parameter) in
+        [("DispatchDownload", "AcknowledgeTimeoutSeconds"), ("PushSettings", "SettingTimeoutSeconds")]
+    {
+        let states = machines.iter().find_map(|(_, machine)| machine["States"].get(name));
+        let state = states.expect("the state");
+        let value = format!("${{{parameter}}}");
+        let wait = format!(
+            "{{% ($since := ($millis() - $toMillis($states.context.State.EnteredTime)) / 1000; \
+             $since < {value} ? {value} : $since < 6 * {value} ? 5 * {value} : 25 * {value}) %}}"
+        );
+        assert_eq!(state["TimeoutSeconds"], wait);
+        let retriers = state["Retry"].as_array().expect("retriers");
+        let timed_out = retriers.iter().find(|retrier| retrier["ErrorEquals"][0] == "States.Timeout");
+        assert_eq!(timed_out.expect("a retrier")["MaxAttempts"], 2, "{name} waits three times");
+        assert!((1 + 5 + 25) * seconds(parameter, "Default") > HOUR, "{name}");
+    }
+    // A push has room for the longest of these beside what it waits for its settings: an hour, five times.
+    let push = machines.iter().find(|(_, machine)| machine["States"].get("PushSettings").is_some()).expect("the push");
+    let limit = push.1["TimeoutSeconds"].as_u64().expect("a limit");
+    assert!(5 * HOUR + 31 * seconds("SettingTimeoutSeconds", "MaxValue") < limit);
+}
+
 /// A dashboard that CloudWatch cannot read is deployed all the same, and is empty.
 #[test]
 fn the_dashboard_is_json_and_shows_metrics_that_there_are() {
@@ -741,18 +773,9 @@ fn who_calls_the_data_planes_of_iot_is_told_where_they_are() {
     assert_eq!(told, BTreeSet::from(["IOT_DATA_ENDPOINT", "IOT_JOBS_ENDPOINT"]));
     let asks = |action: &&String| action.starts_with("iot:DescribeEndpoint ");
     assert_eq!(allowed("ConfigureIotFunction").iter().filter(asks).count(), 1);
-    let mut folders = vec![root().join("crates/fleet/src")];
-    while let Some(folder) = folders.pop() {
-        for entry in std::fs::read_dir(folder).expect("a folder") {
-            let path = entry.expect("a file").path();
-            if path.is_dir() {
-                folders.push(path);
-            } else if !path.ends_with("src/aws.rs") {
-                let source = std::fs::read_to_string(&path).expect("source");
-                for client in ["aws_sdk_iotdataplane::Client::new", "aws_sdk_iotjobsdataplane::Client::new"] {
-                    assert!(!source.contains(client), "{}: {client}", path.display());
-                }
-            }
+    for (path, source) in sources().into_iter().filter(|(path, _)| !path.ends_with("src/aws.rs")) {
+        for client in ["aws_sdk_iotdataplane::Client::new", "aws_sdk_iotjobsdataplane::Client::new"] {
+            assert!(!source.contains(client), "{}: {client}", path.display());
         }
     }
 }

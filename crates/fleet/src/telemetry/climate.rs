@@ -294,10 +294,10 @@ impl Climate {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
-    const MINUTE: i64 = 60_000;
+    pub(crate) const MINUTE: i64 = 60_000;
 
     /// 21 ± 3, over at ± 2; five minutes between actions, three an hour, an effect after four minutes.
     fn rule() -> Rule {
@@ -361,7 +361,7 @@ mod tests {
         assert_eq!(decide(&in_time), [Act, Act, Act, Act]);
     }
 
-    fn sample(minute: i64, id: &str, temperature: f64, humidity: f64) -> Sample {
+    pub(crate) fn sample(minute: i64, id: &str, temperature: f64, humidity: f64) -> Sample {
         Sample {
             device: "sensor-1".parse().unwrap(),
             time: minute * MINUTE,
@@ -373,7 +373,7 @@ mod tests {
         }
     }
 
-    fn rules() -> Rules {
+    pub(crate) fn rules() -> Rules {
         Rules { temperature: rule(), humidity: Rule { target: 50.0, band: 10.0, hysteresis: 2.0, ..rule() } }
     }
 
