@@ -58,7 +58,7 @@ async fn attempts_that_time_out_are_tried_again_and_the_second_succeeds() {
     device.succeed(&first, &reply_to, Step::DownloadStarted, "").await;
 
     // The event of the first attempt's end may come when the second one has begun: it ends the first workflow only.
-    // Until then it is at it, or the state's own deadline, which is a second shorter than the job's, may come first.
+    // Until then it is at it, or a busy machine may find the wait for its progress over first.
     let mut second = None;
     for _ in 0..PROGRESS_REPORTS {
         second = tokio::time::timeout(PROGRESS_INTERVAL, other_download(&mut device, &[&first])).await.ok();
