@@ -459,6 +459,7 @@ fn policy_document(arn_prefix: &str) -> String {
         "devices/{thing}/config_resp",
         "controllers/self::aws-dm-controller/agents/{thing}/response",
         "controllers/self::aws-dm-controller/agents/{thing}/reply",
+        "controllers/self::aws-dm-controller/agents/{thing}/response/reply-to=*",
     ];
     let all = |kind: &str, topics: &[&str]| topics.iter().map(|topic| arn(kind, topic)).collect::<Vec<_>>();
     json!({
@@ -476,7 +477,11 @@ fn policy_document(arn_prefix: &str) -> String {
             {
                 "Effect": "Allow",
                 "Action": "iot:Publish",
-                "Resource": all("topic", &["controllers/self::aws-dm-controller/reply", UPDATE_REPORTS_TOPIC]),
+                "Resource": all("topic", &[
+                    "controllers/self::aws-dm-controller/reply",
+                    "controllers/self::aws-dm-controller/reply/reply-to=*",
+                    UPDATE_REPORTS_TOPIC,
+                ]),
                 "Condition": {"Bool": {"iot:Connection.Thing.IsAttached": "true"}}
             }
         ]
@@ -836,7 +841,7 @@ mod tests {
             assert!(allows("iot:Subscribe", &format!("topicfilter/{}", encoding.command_filter(&thing))));
             let operation_id: OperationId = "op-1".parse().unwrap();
             let command = protocol::Command::CancelDownload { operation_id: operation_id.clone() };
-            let request = encoding.encode_command(&thing, &command, 0);
+            let request = encoding.encode_command(&thing, None, &command, 0);
             assert!(allows("iot:Receive", &format!("topic/{}", request.topic)));
             let received = encoding.decode_command(&request.topic, &request.payload).unwrap().unwrap();
             for step in Step::ALL {

@@ -25,6 +25,8 @@ pub enum Unasked {
     Boot,
     /// It has come online.
     Session,
+    /// It is who it says it is, or runs the version that it says.
+    Introduction,
 }
 
 impl Unasked {
@@ -33,6 +35,7 @@ impl Unasked {
             Self::UpdateReport => "update-report",
             Self::Boot => "boot",
             Self::Session => "session",
+            Self::Introduction => "introduction",
         }
     }
 }

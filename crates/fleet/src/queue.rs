@@ -123,6 +123,7 @@ pub fn json<T: DeserializeOwned>(what: &str, bytes: &[u8]) -> Result<T, Error> {
         let message = format!("{what}: got {} bytes, expected at most {MAX_MESSAGE_BYTES}", bytes.len());
         return Err(Error::new(ErrorName::MessageTooLarge, message));
     }
+    let bytes = protocol::trimmed(bytes);
     protocol::check_depth(bytes)?;
     protocol::check_object(what, bytes)?;
     serde_json::from_slice(bytes).map_err(|error| Error::new(ErrorName::MalformedMessage, format!("{what}: {error}")))

@@ -14,15 +14,37 @@ pub struct Publication {
     pub payload: Vec<u8>,
 }
 
+/// How an agent calls itself (USP): an endpoint id need not be the name of the thing.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Agent {
+    /// Who messages to it are addressed to: it drops others.
+    pub endpoint_id: String,
+    /// The version of USP that it writes its records in; empty if it does not say.
+    #[serde(default)]
+    pub usp_version: String,
+}
+
 /// What one message from a device comes to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Received {
     /// What the device said.
     pub report: Report,
-    /// The version that the device runs, if it reports a boot, good or failed, and says so.
+    /// The version that the device runs, if it says so.
     pub runs: Option<String>,
+    /// It has booted and not said what it runs: [`DeviceProtocol::encode_version_question`] asks it.
+    pub lacks_version: bool,
+    /// Who it says it is.
+    pub agent: Option<Agent>,
     /// What it has asked the cloud to send back once its report has taken effect.
     pub acknowledgement: Option<Publication>,
+}
+
+impl Received {
+    /// A report and nothing else.
+    pub(crate) fn of(report: Report) -> Self {
+        Self { report, runs: None, lacks_version: false, agent: None, acknowledgement: None }
+    }
 }
 
 /// How a device answers one command: kept by the device for as long as the operation lasts.
@@ -80,8 +102,19 @@ pub trait DeviceProtocol: Send + Sync {
     /// the MQTT client that published it: a device's is called as its thing, and not every topic names that.
     fn thing_of_report(&self, topic: &str, client: &str) -> Option<Result<ThingName, DecodeError>>;
 
-    /// The message that carries a command to a device. `now` is in Unix milliseconds.
-    fn encode_command(&self, thing: &ThingName, command: &Command, now: i64) -> Publication;
+    /// The message that carries a command to a device, which is addressed as the agent that it has said it is. `now` is in Unix
+    /// milliseconds; no two messages of an operation may have the same.
+    fn encode_command(&self, thing: &ThingName, agent: Option<&Agent>, command: &Command, now: i64) -> Publication;
+
+    /// The message that asks a device which version it runs, for an operation that waits to know; `None` where the protocol has no
+    /// word for it. `now` is in Unix milliseconds.
+    fn encode_version_question(
+        &self,
+        thing: &ThingName,
+        agent: Option<&Agent>,
+        operation: Option<&OperationId>,
+        now: i64,
+    ) -> Option<Publication>;
 
     /// Reads what a device said. Fails with a sentence if it cannot be read.
     fn decode_report(&self, thing: &ThingName, payload: &[u8]) -> Result<Received, DecodeError>;

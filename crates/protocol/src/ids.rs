@@ -133,6 +133,15 @@ impl OperationId {
             None => format!("{job}-{execution_number}"),
         })
     }
+
+    /// Whether it ends as [`Self::of_job_execution`] ends one: a stack of Fleetflow has made it, this one or another.
+    pub fn names_a_job_execution(&self) -> bool {
+        let is_number = |text: Option<&str>, digits: usize| {
+            text.is_some_and(|text| text.len() >= digits && text.bytes().all(|byte| byte.is_ascii_digit()))
+        };
+        let mut parts = self.0.rsplit('-');
+        is_number(parts.next(), 10) && is_number(parts.next(), 1) && parts.next().is_some()
+    }
 }
 
 #[cfg(test)]
@@ -157,5 +166,11 @@ mod tests {
         assert_eq!(OperationId::of_job_execution(&job, 2, Some(1_795_238_492)).as_str(), "job-1-2-1795238492");
         let longest = OperationId::of_job_execution(&"j".repeat(64).parse().unwrap(), i64::MAX, Some(i64::MAX));
         assert!(longest.as_str().parse::<OperationId>().is_ok());
+        for (operation, is_ours) in
+            [("job-1-2-1795238492", true), ("reboot-1", false), ("1-1795238492", false), ("a-x-1795238492", false)]
+        {
+            let operation: OperationId = operation.parse().unwrap();
+            assert_eq!(operation.names_a_job_execution(), is_ours, "{operation}");
+        }
     }
 }

@@ -3,10 +3,11 @@
 use crate::device::{ErrorBody, failed, thing_between};
 use crate::limits;
 use crate::{
-    Command, DecodeError, DeviceEvent, DeviceProtocol, Firmware, OperationId, Publication, Received, ReceivedCommand,
-    ReplyTo, Report, Response, Step, StepOutcome, ThingName, reported_version,
+    Agent, Command, DecodeError, DeviceEvent, DeviceProtocol, Firmware, OperationId, Publication, Received,
+    ReceivedCommand, ReplyTo, Report, Response, Step, StepOutcome, ThingName, reported_version,
 };
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::Value;
 
 /// The encoding of JSON devices.
 pub(crate) struct Json;
@@ -39,24 +40,41 @@ enum Status {
     InProgress,
 }
 
-/// `type` and `timestamp` may be missing: old devices do not send them.
+/// What nobody needs is written and never read: old devices send neither `type` nor `timestamp`, others what they like.
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Answer {
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    operation_id: Option<OperationId>,
+    operation_id: Option<String>,
     name: Step,
-    #[serde(rename = "type", default)]
-    kind: Option<String>,
+    #[serde(rename = "type", skip_deserializing)]
+    kind: Option<&'static str>,
     status: Status,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "per_cent")]
     progress: Option<u8>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "version")]
     firmware_version: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     error: Option<ErrorBody>,
-    #[serde(default)]
+    #[serde(skip_deserializing)]
     timestamp: Option<i64>,
+}
+
+/// How far a device says that it is. Nobody computes with it: what is no number of per cent is as good as none.
+fn per_cent<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u8>, D::Error> {
+    let value = Value::deserialize(deserializer)?;
+    let per_cent = value.as_f64().or_else(|| value.as_str()?.trim_end_matches('%').trim().parse().ok());
+    let per_cent = per_cent.filter(|number| (0.0..=100.0).contains(number));
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "it is within the bounds")]
+    Ok(per_cent.map(|number| number as u8))
+}
+
+/// A version is a text; of a number, `1.10` among them, its digits are lost.
+fn version<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
+    match Value::deserialize(deserializer)? {
+        Value::String(version) => Ok(Some(version)),
+        _ => Ok(None),
+    }
 }
 
 impl Answer {
@@ -68,19 +86,15 @@ impl Answer {
 
     fn into_report(self) -> Result<Report, DecodeError> {
         let firmware_version = self.firmware_version.as_deref().and_then(reported_version);
-        if self.progress.is_some_and(|progress| progress > 100) {
-            return Err(DecodeError::malformed("progress", "expected 0 to 100"));
-        }
-        let Some(operation_id) = self.operation_id else {
-            let event = match (self.name, self.status) {
-                (Step::DeviceRebooted, Status::Success) => {
-                    DeviceEvent::Booted { cause: "Reboot".to_owned(), firmware_version }
-                }
-                (step, _) => {
-                    return Err(DecodeError::malformed("operationId", format!("{} needs one", step.name())));
-                }
-            };
-            return Ok(Report::Event(event));
+        // A device that boots may have been told to by anybody.
+        let operation_id = match self.operation_id.as_deref().map(str::parse::<OperationId>) {
+            Some(Ok(operation_id)) => operation_id,
+            _ if self.name == Step::DeviceRebooted => {
+                let event = DeviceEvent::Booted { cause: "Reboot".to_owned(), firmware_version };
+                return Ok(Report::Event(event));
+            }
+            Some(Err(error)) => return Err(DecodeError::malformed("operationId", error)),
+            None => return Err(DecodeError::malformed("operationId", format!("{} needs one", self.name.name()))),
         };
         let outcome = match self.status {
             Status::Success => StepOutcome::Succeeded { firmware_version },
@@ -99,7 +113,7 @@ impl DeviceProtocol for Json {
         thing_between(topic, "devices/", "/firmware_resp").map(Ok)
     }
 
-    fn encode_command(&self, thing: &ThingName, command: &Command, now: i64) -> Publication {
+    fn encode_command(&self, thing: &ThingName, _: Option<&Agent>, command: &Command, now: i64) -> Publication {
         let (name, value) = match command {
             Command::Download { firmware, .. } => (RequestName::DownloadFirmware, Some(firmware.clone())),
             Command::CancelDownload { .. } => (RequestName::CancelDownload, None),
@@ -109,10 +123,20 @@ impl DeviceProtocol for Json {
         publication(format!("devices/{thing}/firmware_req"), &request)
     }
 
+    fn encode_version_question(
+        &self,
+        _: &ThingName,
+        _: Option<&Agent>,
+        _: Option<&OperationId>,
+        _: i64,
+    ) -> Option<Publication> {
+        None
+    }
+
     fn decode_report(&self, _: &ThingName, payload: &[u8]) -> Result<Received, DecodeError> {
         let answer: Answer = limits::json("firmware_resp", payload)?;
         let runs = answer.runs();
-        Ok(Received { report: answer.into_report()?, runs, acknowledgement: None })
+        Ok(Received { runs, ..Received::of(answer.into_report()?) })
     }
 
     fn command_filter(&self, thing: &ThingName) -> String {
@@ -142,9 +166,9 @@ impl DeviceProtocol for Json {
             }
         };
         let answer = Answer {
-            operation_id: Some(response.operation_id.clone()),
+            operation_id: Some(response.operation_id.to_string()),
             name: response.step,
-            kind: Some("RESP".into()),
+            kind: Some("RESP"),
             status,
             progress,
             firmware_version,
@@ -158,7 +182,7 @@ impl DeviceProtocol for Json {
         let answer = Answer {
             operation_id: None,
             name: Step::DeviceRebooted,
-            kind: Some("RESP".into()),
+            kind: Some("RESP"),
             status: Status::Success,
             progress: None,
             firmware_version: Some(firmware_version.to_owned()),

@@ -21,12 +21,14 @@ mod text;
 mod usp;
 mod whole;
 
-pub use device::{DecodeError, DeviceProtocol, Publication, Received, ReceivedCommand, ReplyTo, protocol_of_topic};
+pub use device::{
+    Agent, DecodeError, DeviceProtocol, Publication, Received, ReceivedCommand, ReplyTo, protocol_of_topic,
+};
 pub use ids::{
     Building, HandlerName, InvalidId, JobId, OperationId, ReadingId, SensorId, SettingName, Tenant, ThingName,
     WorkerName,
 };
-pub use limits::{MAX_JSON_DEPTH, MAX_PAYLOAD_BYTES, check_depth, check_object};
+pub use limits::{MAX_JSON_DEPTH, MAX_PAYLOAD_BYTES, check_depth, check_object, trimmed};
 pub use operation::{Command, DeviceEvent, DeviceFailure, Firmware, Report, Response, Step, StepOutcome};
 pub use presence::{Presence, PresenceEvent, PresenceKind};
 pub use text::{redacted, reported_version};
@@ -38,7 +40,7 @@ pub use whole::{optional_whole, whole};
 pub enum ProtocolName {
     /// JSON objects on `devices/{thing}/…`.
     Json,
-    /// USP 1.1 (TR-369) protobuf records on `agents/{thing}/…`.
+    /// USP (TR-369 1.1 to 1.4) protobuf records on `agents/{thing}/…`.
     Usp,
 }
 

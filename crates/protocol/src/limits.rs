@@ -41,9 +41,18 @@ pub fn check_object(what: &str, json: &[u8]) -> Result<(), DecodeError> {
     if is_array { Err(DecodeError::malformed(what, "got an array, expected an object")) } else { Ok(()) }
 }
 
+/// JSON without what some devices put around it: a byte order mark, and the NUL that ends a text in C.
+#[must_use]
+pub fn trimmed(json: &[u8]) -> &[u8] {
+    let json = json.strip_prefix(b"\xef\xbb\xbf").unwrap_or(json);
+    let end = json.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
+    &json[..end]
+}
+
 /// Reads a JSON payload within the limits; `what` is named in the error, and the field at which it went wrong.
 pub(crate) fn json<T: DeserializeOwned>(what: &str, payload: &[u8]) -> Result<T, DecodeError> {
     check_size(payload)?;
+    let payload = trimmed(payload);
     check_depth(payload)?;
     check_object(what, payload)?;
     let deserializer = &mut serde_json::Deserializer::from_slice(payload);
@@ -69,6 +78,16 @@ mod tests {
         assert_eq!(check_depth(&b"[],".repeat(1000)), Ok(()));
         assert_eq!(check_depth(format!(r#"["{}\\","\"{}"]"#, "[".repeat(100), "{".repeat(100)).as_bytes()), Ok(()));
         assert_eq!(check_depth(format!(r#"["\\"{}"#, "[".repeat(100)).as_bytes()), Err(DecodeError::TooDeep));
+    }
+
+    #[test]
+    fn what_some_devices_put_around_json_is_left_out() {
+        for payload in [&b"\xef\xbb\xbf7"[..], b"7\0", b"\xef\xbb\xbf 7 \r\n\0\0"] {
+            assert_eq!(json::<u8>("number", payload), Ok(7), "{payload:?}");
+        }
+        for payload in [&b"7\0 8"[..], b"\0", b"\xef\xbb7"] {
+            assert!(json::<u8>("number", payload).is_err(), "{payload:?}");
+        }
     }
 
     #[test]

@@ -139,6 +139,11 @@ pub enum DeviceEvent {
         /// The version that it runs now, if it said so.
         firmware_version: Option<String>,
     },
+    /// The device has said who it is or which version it runs, and nothing else.
+    Introduced {
+        /// What it called that.
+        name: String,
+    },
     /// Well-formed, but nothing that this system knows: kept by its name, for the log.
     Other {
         /// What the device called it.

@@ -47,6 +47,7 @@ fn describe(report: &Report) -> String {
         Report::Event(DeviceEvent::Booted { cause, firmware_version }) => {
             format!("booted {cause} {firmware_version:?}")
         }
+        Report::Event(DeviceEvent::Introduced { name }) => format!("introduced {name}"),
         Report::Event(DeviceEvent::Other { name }) => format!("other {name}"),
     }
 }

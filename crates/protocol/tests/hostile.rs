@@ -57,7 +57,7 @@ fn corpus() -> Vec<Vec<u8>> {
         let encoding = protocol.encoding();
         let operation_id: protocol::OperationId = "job-1-2".parse().unwrap();
         let download = Command::Download { operation_id: operation_id.clone(), firmware: firmware.clone() };
-        corpus.push(encoding.encode_command(&thing(), &download, 1).payload);
+        corpus.push(encoding.encode_command(&thing(), None, &download, 1).payload);
         for outcome in &outcomes {
             let response =
                 Response { operation_id: operation_id.clone(), step: Step::DeviceRebooted, outcome: outcome.clone() };

@@ -2,7 +2,7 @@
 
 use fleet::allowance::Allowances;
 use fleet::device_registry::DeviceRegistry;
-use fleet::devices::{handle_device_response, settings::SettingsTable, worker_jobs::WorkerJobs};
+use fleet::devices::{agents::Agents, handle_device_response, settings::SettingsTable, worker_jobs::WorkerJobs};
 use fleet::{aws, config, lambda, queue::DeadLetters, workflows::rendezvous::Rendezvous};
 
 #[tokio::main(flavor = "current_thread")]
@@ -14,6 +14,7 @@ async fn main() -> Result<(), lambda_runtime::Error> {
             handle_device_response::Adapters {
                 owns_device_topics,
                 rendezvous: Rendezvous::new(&aws, config::required("RENDEZVOUS_TABLE")?),
+                agents: Agents::new(&aws, config::required("RENDEZVOUS_TABLE")?),
                 settings: SettingsTable::from_environment(&aws)?,
                 registry: DeviceRegistry::new(&aws, owns_device_topics),
                 allowances: Allowances::from_environment(&aws)?,

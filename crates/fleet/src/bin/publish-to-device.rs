@@ -1,7 +1,7 @@
 //! `PublishToDeviceFunction`
 
 use fleet::device_registry::DeviceRegistry;
-use fleet::devices::{publish_to_device, settings::SettingsTable, worker_jobs::WorkerJobs};
+use fleet::devices::{agents::Agents, publish_to_device, settings::SettingsTable, worker_jobs::WorkerJobs};
 use fleet::{aws, config, lambda, workflows::rendezvous::Rendezvous};
 
 #[tokio::main(flavor = "current_thread")]
@@ -11,6 +11,7 @@ async fn main() -> Result<(), lambda_runtime::Error> {
         let owns_device_topics = config::owns_device_topics()?;
         Ok(publish_to_device::Adapters {
             rendezvous: Rendezvous::new(&aws, config::required("RENDEZVOUS_TABLE")?),
+            agents: Agents::new(&aws, config::required("RENDEZVOUS_TABLE")?),
             settings: SettingsTable::from_environment(&aws)?,
             registry: DeviceRegistry::new(&aws, owns_device_topics),
             mqtt: aws::iot_data_client(&aws)?,

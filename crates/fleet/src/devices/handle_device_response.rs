@@ -1,5 +1,6 @@
 //! What a device or a worker says: decoded, then brought to the step that it answers, or told to whoever listens.
 
+use super::agents::Agents;
 use super::settings::SettingsTable;
 use super::worker_jobs::WorkerJobs;
 use crate::allowance::{Allowances, Unasked};
@@ -7,13 +8,15 @@ use crate::aws::now_millis;
 use crate::device_registry::{DeviceRegistry, Said};
 use crate::error::unbuilt;
 use crate::queue::MqttMessage;
+use crate::tasks::Outcome;
 use crate::workflows::rendezvous::{Answer, Arrival, Operation, Rendezvous};
 use crate::{Error, ErrorName, aws, error};
 use protocol::events::{DeviceBooted, EventType};
 use protocol::on_premises::tenant_of_answer;
 use protocol::settings::{SettingResponse, thing_of_response};
 use protocol::{
-    DeviceEvent, DeviceFailure, Received, Report, Response, Step, StepOutcome, ThingName, protocol_of_topic,
+    Agent, DeviceEvent, DeviceFailure, OperationId, ProtocolName, Received, Report, Response, Step, StepOutcome,
+    ThingName, protocol_of_topic,
 };
 
 /// What the handler reaches.
@@ -23,11 +26,13 @@ pub struct Adapters {
     pub owns_device_topics: bool,
     /// Where answers go.
     pub rendezvous: Rendezvous,
+    /// What USP agents call themselves.
+    pub agents: Agents,
     /// Where answers about settings go.
     pub settings: SettingsTable,
     /// Where the versions and protocols of devices are kept.
     pub registry: DeviceRegistry,
-    /// How many boots of a device are heard.
+    /// How much is heard of what a device says unasked.
     pub allowances: Allowances,
     /// Where unasked reports go.
     pub sns: aws_sdk_sns::Client,
@@ -50,43 +55,109 @@ pub async fn handle(adapters: &Adapters, body: &str) -> Result<(), Error> {
     }
     let (protocol, thing) = protocol_of_topic(&message.topic, message.sender().unwrap_or("n/a"))?;
     let received = protocol.encoding().decode_report(&thing, &message.payload()?)?;
-    let Received { report, runs, acknowledgement } = received;
-    match report {
-        Report::Response(response) => {
-            let is_boot = response.step == Step::DeviceRebooted;
-            let arrival = apply(adapters, &thing, response).await?;
-            if let Some(arrival) = arrival.filter(|_| is_boot)
-                && adapters.owns_device_topics
-            {
-                let runs = runs.filter(|version| arrival.is_news(version));
-                hear_boot(adapters, &thing, &message, &Said { runs, speaks: Some(protocol), instead_of: None }).await?;
-            }
-        }
-        Report::Event(DeviceEvent::Booted { cause, firmware_version }) if adapters.owns_device_topics => {
-            let said = Said { runs, speaks: Some(protocol), instead_of: None };
-            if hear_boot(adapters, &thing, &message, &said).await? {
-                publish_boot(adapters, &thing, cause, firmware_version).await?;
-            }
-        }
-        Report::Event(DeviceEvent::Other { name }) if adapters.owns_device_topics => {
-            tracing::info!(thing = thing.as_str(), event = name, outcome = "IGNORED");
-        }
-        Report::Event(_) => {}
-    }
-    match acknowledgement {
+    let device = Device { adapters, thing, protocol, message: &message, agent: received.agent.clone() };
+    device.hear(&received).await?;
+    match received.acknowledgement {
         Some(acknowledgement) if adapters.owns_device_topics => aws::publish(&adapters.mqtt, acknowledgement).await,
         _ => Ok(()),
     }
 }
 
-/// Records what a device has said with its boot, unless it is one of too many; whether it was heard.
-async fn hear_boot(adapters: &Adapters, thing: &ThingName, message: &MqttMessage, said: &Said) -> Result<bool, Error> {
-    let received_at = message.received_at().unwrap_or_else(|_| now_millis());
-    let is_heard = adapters.allowances.allows(thing.as_str(), Unasked::Boot, message.said(), received_at).await?;
-    if is_heard {
-        adapters.registry.record(thing, said).await?;
+/// A device, and the message by which it says something.
+struct Device<'a> {
+    adapters: &'a Adapters,
+    thing: ThingName,
+    protocol: ProtocolName,
+    message: &'a MqttMessage,
+    /// Who it says it is.
+    agent: Option<Agent>,
+}
+
+impl Device<'_> {
+    async fn hear(&self, received: &Received) -> Result<(), Error> {
+        match &received.report {
+            Report::Response(response) if response.step == Step::DeviceRebooted => {
+                self.answered_boot(response, received).await
+            }
+            Report::Response(response) => apply(self.adapters, &self.thing, response.clone()).await.map(drop),
+            Report::Event(DeviceEvent::Booted { cause, firmware_version }) => {
+                self.unasked_boot(cause.clone(), firmware_version.clone(), received).await
+            }
+            Report::Event(DeviceEvent::Introduced { name }) => {
+                tracing::info!(thing = self.thing.as_str(), event = name, agent = ?self.agent);
+                self.record(Unasked::Introduction, received.runs.clone()).await.map(drop)
+            }
+            Report::Event(DeviceEvent::Other { name }) => {
+                tracing::info!(thing = self.thing.as_str(), event = name, outcome = "IGNORED");
+                Ok(())
+            }
+        }
     }
-    Ok(is_heard)
+
+    /// A boot that names an operation. If there is no such one, somebody else has made the device boot.
+    async fn answered_boot(&self, response: &Response, received: &Received) -> Result<(), Error> {
+        let operation = Operation::new(&self.thing, &response.operation_id);
+        let is_known = if received.lacks_version {
+            self.adapters.rendezvous.has_begun(&operation).await?
+        } else {
+            let arrival = apply(self.adapters, &self.thing, response.clone()).await?;
+            if let Some(arrival) = arrival.filter(|arrival| arrival.outcome != Outcome::Rejected) {
+                let runs = received.runs.clone().filter(|version| arrival.is_news(version));
+                return self.record(Unasked::Boot, runs).await.map(drop);
+            }
+            false
+        };
+        if is_known {
+            // What it answers is the answer of the step.
+            self.record(Unasked::Boot, None).await?;
+            return self.ask_version(Some(&response.operation_id)).await;
+        }
+        // Another stack's operation, or one that is long over: what its device says of itself is not to be believed after a
+        // download has failed, and only that stack knows whether it has.
+        if response.operation_id.names_a_job_execution() {
+            return Ok(());
+        }
+        self.unasked_boot(response.operation_id.to_string(), received.runs.clone(), received).await
+    }
+
+    async fn unasked_boot(
+        &self,
+        cause: String,
+        firmware_version: Option<String>,
+        received: &Received,
+    ) -> Result<(), Error> {
+        if !self.record(Unasked::Boot, received.runs.clone()).await? || !self.adapters.owns_device_topics {
+            return Ok(());
+        }
+        if received.lacks_version {
+            self.ask_version(None).await?;
+        }
+        publish_boot(self.adapters, &self.thing, cause, firmware_version).await
+    }
+
+    /// Records what a device has said of itself, unless it has said such things too often; whether it was heard.
+    async fn record(&self, kind: Unasked, runs: Option<String>) -> Result<bool, Error> {
+        let Self { adapters, thing, protocol, message, agent } = self;
+        let received_at = message.received_at().unwrap_or_else(|_| now_millis());
+        let is_heard = adapters.allowances.allows(thing.as_str(), kind, message.said(), received_at).await?;
+        if is_heard {
+            if let Some(agent) = agent {
+                adapters.agents.note(thing, agent).await?;
+            }
+            let said = Said { runs, speaks: Some(*protocol), instead_of: None };
+            adapters.registry.record(thing, &said).await?;
+        }
+        Ok(is_heard)
+    }
+
+    async fn ask_version(&self, operation: Option<&OperationId>) -> Result<(), Error> {
+        let (encoding, agent) = (self.protocol.encoding(), self.agent.as_ref());
+        let question = encoding.encode_version_question(&self.thing, agent, operation, now_millis());
+        match question.filter(|_| self.adapters.owns_device_topics || operation.is_some()) {
+            Some(question) => aws::publish(&self.adapters.mqtt, question).await,
+            None => Ok(()),
+        }
+    }
 }
 
 async fn apply_setting(adapters: &Adapters, thing: &ThingName, response: &SettingResponse) -> Result<(), Error> {

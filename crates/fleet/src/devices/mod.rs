@@ -1,6 +1,7 @@
 //! How to talk to devices and to workers on premises: commands, what they say, presence, settings, jobs, the account's IoT
 //! settings.
 
+pub mod agents;
 mod circuit_breaker;
 pub mod configure_iot;
 pub mod get_device_settings;

@@ -1,5 +1,6 @@
 //! Sends a command to a device, or a job to workers on premises. The token of the state that waits for the answer is stored first.
 
+use super::agents::Agents;
 use super::settings::{Push, SettingsTable};
 use super::worker_jobs::{Order, WorkerJobs};
 use crate::aws::{self, now_millis};
@@ -24,6 +25,8 @@ const LONGEST_LIFETIME_SECONDS: u64 = 7 * 24 * 3600;
 pub struct Adapters {
     /// Where the token waits for the answer.
     pub rendezvous: Rendezvous,
+    /// What USP agents call themselves.
+    pub agents: Agents,
     /// Where a push of settings waits for its answers.
     pub settings: SettingsTable,
     /// Where the versions of devices are kept.
@@ -183,7 +186,13 @@ async fn send(
     protocol: ProtocolName,
     command: &Command,
 ) -> Result<(), Error> {
-    let publication = protocol.encoding().encode_command(&operation.thing, command, now_millis());
+    let thing = &operation.thing;
+    // Read anew for each attempt: an agent that has just come online says who it is when the workflow is on its way already.
+    let agent = match protocol {
+        ProtocolName::Usp => adapters.agents.of(thing).await?,
+        ProtocolName::Json => None,
+    };
+    let publication = protocol.encoding().encode_command(thing, agent.as_ref(), command, now_millis());
     publish(adapters, operation, publication).await
 }
 
@@ -297,6 +306,7 @@ mod tests {
         };
         let adapters = Adapters {
             rendezvous: Rendezvous::new(&config, "rendezvous".into()),
+            agents: Agents::new(&config, "rendezvous".into()),
             settings: SettingsTable::new(&config, "settings".into()),
             registry: DeviceRegistry::new(&config, owns_device_topics),
             mqtt: mqtt.clone(),

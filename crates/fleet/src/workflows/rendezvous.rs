@@ -330,8 +330,8 @@ impl Rendezvous {
         self.update(operation, step, expression, None, values).await
     }
 
-    /// Before a command is sent, its first step has an item.
-    async fn has_begun(&self, operation: &Operation) -> Result<bool, Error> {
+    /// Whether there is such an operation: before a command is sent, its first step has an item.
+    pub async fn has_begun(&self, operation: &Operation) -> Result<bool, Error> {
         Ok(self.meeting(operation, Step::DownloadStarted).await? != Meeting::default())
     }
 

@@ -5,6 +5,7 @@ use aws_sdk_dynamodb::config::{Credentials, SharedCredentialsProvider};
 use aws_smithy_http_client::test_util::infallible_client_fn;
 use fleet::allowance::Allowances;
 use fleet::device_registry::DeviceRegistry;
+use fleet::devices::agents::Agents;
 use fleet::devices::worker_jobs::{self, WorkerJobs};
 use fleet::devices::{
     configure_iot, get_device_settings, handle_device_response, presence, publish_to_device, settings,
@@ -108,6 +109,7 @@ impl Functions {
         let aws = &aws();
         let text = || "x".to_owned();
         let rendezvous = Rendezvous::new(aws, text());
+        let agents = Agents::new(aws, text());
         let device_registry = DeviceRegistry::new(aws, true);
         let settings = settings::SettingsTable::new(aws, text());
         let limits = worker_jobs::Limits {
@@ -154,6 +156,7 @@ impl Functions {
             responses: handle_device_response::Adapters {
                 owns_device_topics: true,
                 rendezvous: rendezvous.clone(),
+                agents: agents.clone(),
                 registry: device_registry.clone(),
                 settings: settings.clone(),
                 allowances: allowances.clone(),
@@ -183,6 +186,7 @@ impl Functions {
             },
             commands: publish_to_device::Adapters {
                 rendezvous: rendezvous.clone(),
+                agents,
                 settings: settings.clone(),
                 registry: device_registry.clone(),
                 mqtt,

@@ -1,0 +1,65 @@
+//! What USP agents call themselves. Messages to them are addressed so, for they drop what is addressed to others; an endpoint id
+//! need not be a thing's name (TR-369 R-ARC.2 to R-ARC.5).
+
+use crate::Error;
+use crate::aws::text;
+use crate::error::{aws, code, unbuilt};
+use aws_sdk_dynamodb::types::AttributeValue;
+use protocol::{Agent, ThingName};
+use std::collections::HashMap;
+
+/// Where an operation's items have its key, an agent's has its thing's name: that holds no `#`, so no operation is called so.
+const SORT_KEY: &str = "AGENT";
+
+/// The agents of things, in the table of the rendezvous.
+#[derive(Debug, Clone)]
+pub struct Agents {
+    table: String,
+    dynamodb: aws_sdk_dynamodb::Client,
+}
+
+impl Agents {
+    /// Keeps them in that table.
+    pub fn new(config: &aws_config::SdkConfig, table: String) -> Self {
+        Self { table, dynamodb: aws_sdk_dynamodb::Client::new(config) }
+    }
+
+    /// The agent on a thing; none if it is known to be nothing else than the thing's name says.
+    pub async fn of(&self, thing: &ThingName) -> Result<Option<Agent>, Error> {
+        let get = self.dynamodb.get_item().table_name(&self.table).set_key(Some(key(thing)));
+        let got = get.consistent_read(true).send().await.map_err(|error| aws("dynamodb:GetItem", &error))?;
+        got.item.map(|item| serde_dynamo::from_item(item).map_err(unbuilt)).transpose()
+    }
+
+    /// An agent has said who it is. One that is called as its thing, and writes no version, has an item only if it had another name
+    /// before.
+    pub async fn note(&self, thing: &ThingName, agent: &Agent) -> Result<(), Error> {
+        let is_as_expected = agent.endpoint_id == thing.as_str() && agent.usp_version.is_empty();
+        let condition = if is_as_expected {
+            "attribute_exists(endpointId) AND (endpointId <> :endpoint OR uspVersion <> :version)"
+        } else {
+            "attribute_not_exists(endpointId) OR endpointId <> :endpoint OR uspVersion <> :version"
+        };
+        let update = self
+            .dynamodb
+            .update_item()
+            .table_name(&self.table)
+            .set_key(Some(key(thing)))
+            .update_expression("SET endpointId = :endpoint, uspVersion = :version")
+            .condition_expression(condition)
+            .expression_attribute_values(":endpoint", text(&agent.endpoint_id))
+            .expression_attribute_values(":version", text(&agent.usp_version));
+        match update.send().await {
+            Ok(_) => {
+                tracing::info!(thing = thing.as_str(), ?agent, outcome = "APPLIED", "the agent has a new name");
+                Ok(())
+            }
+            Err(error) if code(&error) == Some("ConditionalCheckFailedException") => Ok(()),
+            Err(error) => Err(aws("dynamodb:UpdateItem", &error)),
+        }
+    }
+}
+
+fn key(thing: &ThingName) -> HashMap<String, AttributeValue> {
+    HashMap::from([("operation".to_owned(), text(thing.as_str())), ("step".to_owned(), text(SORT_KEY))])
+}
