@@ -926,7 +926,7 @@ mod tests {
         let device = device(spec(folder.path(), &[]), Some(FailingUpdates::Always), false);
         let storage = Storage::open(folder.path(), "1.0.0").unwrap();
         storage.begin("op-1".parse().unwrap(), firmware(), ReplyTo::default(), 0).unwrap();
-        let time = storage.report_time(1000).unwrap();
+        let time = storage.report_time(1_711_320_208_793).unwrap();
         let sent = upgrade(&device, &Storage::open(folder.path(), "1.0.0").unwrap()).await;
         assert_eq!(reports(&sent).iter().map(|report| report.timestamp).collect::<Vec<_>>(), [time]);
     }

@@ -29,8 +29,9 @@ const ACCOUNT_THROTTLED_AFTER: Duration = Duration::from_secs(20);
 /// All workflows share the account.
 static ACCOUNT_IS_THROTTLED: AtomicBool = AtomicBool::new(false);
 const SEED: u64 = 7;
-/// What has not ended by then is stuck: longer than all deadlines of a workflow, one after the other.
-const LIMIT: Duration = Duration::from_mins(20);
+/// What has not ended by then is stuck. In the long run, a job of which nobody gives a sign of life is sent four times and waited for
+/// as often, after an account has been out of calls and beside an API that is out.
+pub(crate) const LIMIT: Duration = Duration::from_mins(40);
 /// How long after the last case a dead letter may come.
 const LETTERS_LIMIT: Duration = Duration::from_mins(4);
 const POLL: Duration = Duration::from_secs(2);

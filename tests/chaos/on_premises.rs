@@ -2,7 +2,7 @@
 //! client; those of the other are for two processes of the real worker.
 
 use crate::disturbance::{Disturbance, Point};
-use crate::harness::{Case, Ended, Executions, Failure, Verdict, Workflow, eventually, same};
+use crate::harness::{Case, Ended, Executions, Failure, LIMIT, Verdict, Workflow, eventually, same};
 use aws_sdk_dynamodb::types::AttributeValue;
 use aws_sdk_sfn::types::ExecutionStatus;
 use protocol::on_premises::{
@@ -52,9 +52,6 @@ const RESULTS: [usize; 4] = [0, 0, 0, 125_000];
 const UPLOADED: [usize; 2] = [300_000, 200_000];
 /// What a state's data may hold, and what else is in it (see `worker_jobs.rs`).
 const ROOM: usize = 256 * 1024 - 2048;
-
-/// What has not ended by then is stuck.
-const LIMIT: Duration = Duration::from_mins(20);
 
 /// Exceptions, and what an execution fails with because of them.
 const EXCEPTIONS: &[(&str, &str)] = &[

@@ -1,7 +1,7 @@
 //! Telemetry: one sensor a case, in a building of its own.
 
 use crate::disturbance::{Disturbance, Point};
-use crate::harness::{Case, Failure, Verdict, Workflow, eventually, same};
+use crate::harness::{Case, Failure, LIMIT, Verdict, Workflow, eventually, same};
 use aws_proxy::rules::Rule;
 use aws_sdk_cloudwatch::primitives::DateTime;
 use aws_sdk_cloudwatch::types::{Dimension, Statistic};
@@ -54,8 +54,6 @@ const DAY: i64 = 24 * 3600 * SECOND;
 /// In the band of 21 ± 3 °C, and out of it.
 const GOOD: [f64; 4] = [19.5, 20.0, 21.0, 22.5];
 const BAD: [f64; 3] = [14.0, 26.5, 30.0];
-/// What has not been remedied by then, or told to people, is stuck.
-const DRIFT_LIMIT: Duration = Duration::from_mins(20);
 /// A check comes no later than this if the time for an effect is as in a stack that people use.
 const PATIENT_SECONDS: u64 = 60;
 
@@ -411,10 +409,10 @@ impl Telemetry {
             if has_ended {
                 break;
             }
-            if begin.elapsed() > DRIFT_LIMIT {
+            if begin.elapsed() > LIMIT {
                 let (_, seen) = tests::noted(|| self.remedies(sensor.name())).await;
                 let what = format!("{drift:?} ends, the sensor was told {told} times");
-                return Err(Failure::Stuck(tests::in_vain(DRIFT_LIMIT, &what, &seen)));
+                return Err(Failure::Stuck(tests::in_vain(LIMIT, &what, &seen)));
             }
             // What helps must be given the time to, and who falls silent says it once.
             let is_due = match drift {

@@ -9,6 +9,7 @@ mod firmware;
 mod floods;
 mod images;
 mod on_premises;
+mod other_makes;
 mod presence;
 mod public_devices;
 mod recovery;

@@ -248,7 +248,7 @@ async fn a_bad_reading_is_put_aside_with_its_reason_and_stops_no_other() {
         (with("temperature", r#""27.4""#), ErrorName::MalformedMessage),
         (with("temperature", "1e999"), ErrorName::MalformedMessage),
         (with("temperature", "999"), ErrorName::ReadingOutOfRange),
-        (with("humidity", "-1"), ErrorName::ReadingOutOfRange),
+        (with("humidity", "-7"), ErrorName::ReadingOutOfRange),
         (with("humidity", "null"), ErrorName::MalformedMessage),
         (missing("humidity"), ErrorName::MalformedMessage),
         (missing("body"), ErrorName::MalformedMessage),

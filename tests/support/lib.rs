@@ -9,6 +9,7 @@ mod proxy;
 mod pushes;
 mod recoveries;
 mod scripted_device;
+mod usp_agent;
 mod workers;
 
 use std::cell::RefCell;
@@ -23,6 +24,7 @@ pub use proxy::Proxy;
 pub use pushes::{Pushed, settings_api};
 pub use recoveries::ORIGINAL;
 pub use scripted_device::ScriptedDevice;
+pub use usp_agent::{UspAgent, UspMessage};
 pub use workers::{PlainWorker, WorkerProcess, alone, await_job};
 
 /// How long a test waits for something that must happen before it says that it did not.

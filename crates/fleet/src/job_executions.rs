@@ -58,26 +58,40 @@ impl JobExecutions {
         Ok(this.and_then(|execution| execution.status).map_or(Standing::Ended, Standing::Pending))
     }
 
-    /// The job execution that is next for a thing, if it has not begun.
-    pub async fn next_queued(&self, thing: &ThingName) -> Result<Option<NextExecution>, Error> {
+    /// The job execution that is at the head of a thing's queue.
+    pub async fn next(&self, thing: &ThingName) -> Result<Next, Error> {
         let describe = self.client.describe_job_execution().thing_name(thing.as_str()).job_id("$next");
         let execution = match describe.include_job_document(true).send().await {
             Ok(described) => described.execution,
             Err(error) if code(&error) == Some("ResourceNotFoundException") => None,
             Err(error) => return Err(aws("iot:DescribeJobExecution", &error)),
         };
-        let Some(next) = execution.filter(|execution| execution.status == Some(JobExecutionStatus::Queued)) else {
-            return Ok(None);
-        };
-        let missing = || Error::new(ErrorName::ServiceError, "iot:DescribeJobExecution: no id, number or document");
-        let document = next.job_document.as_deref().ok_or_else(missing)?;
-        Ok(Some(NextExecution {
-            job_id: next.job_id.ok_or_else(missing)?.parse().map_err(unbuilt)?,
+        let Some(next) = execution else { return Ok(Next::Nothing) };
+        let missing = || Error::new(ErrorName::ServiceError, "iot:DescribeJobExecution: no id or number");
+        let job_id = next.job_id.ok_or_else(missing)?.parse().map_err(unbuilt)?;
+        if next.status != Some(JobExecutionStatus::Queued) {
+            return Ok(Next::Begun(job_id));
+        }
+        // A document that cannot be read is none of ours.
+        let job_document = next.job_document.as_deref().and_then(|document| serde_json::from_str(document).ok());
+        Ok(Next::Queued(NextExecution {
+            job_id,
             execution_number: next.execution_number.ok_or_else(missing)?,
             queued_at: Some(next.queued_at),
-            job_document: serde_json::from_str(document).map_err(unbuilt)?,
+            job_document: job_document.unwrap_or_default(),
         }))
     }
+}
+
+/// What is at the head of a thing's queue of job executions, ours or not.
+#[derive(Debug, Clone)]
+pub enum Next {
+    /// Nothing: the queue is empty.
+    Nothing,
+    /// One that waits to be begun.
+    Queued(NextExecution),
+    /// One of that job, in progress: whatever is behind it waits.
+    Begun(JobId),
 }
 
 /// Whether what was announced then (Unix seconds) may not be told yet.

@@ -76,7 +76,9 @@ impl MqttMessage {
     /// same for all devices, so the payload names the thing: see [`Self::check_sender`].
     pub fn update_report(&self) -> Result<Option<(UpdateReport, i64)>, Error> {
         let report = UpdateReport::read(&self.payload()?)?;
-        report.map(|report| Ok((report, self.received_at()?))).transpose()
+        let dated =
+            |report: UpdateReport| self.received_at().map(|received_at| (report.dated(received_at), received_at));
+        report.map(dated).transpose()
     }
 
     /// Fails with [`ErrorName::SenderMismatch`] unless the device that reports on a thing has connected as that thing.

@@ -108,6 +108,7 @@ pub struct NextExecution {
     #[serde(default, deserialize_with = "optional_whole")]
     pub queued_at: Option<i64>,
     /// The document, ours or not.
+    #[serde(default)]
     pub job_document: serde_json::Value,
 }
 

@@ -20,24 +20,28 @@ pub enum UpdateStatus {
     Succeeded,
 }
 
-/// A device's report on one try of an update.
+/// A device's report on one try of an update. The known devices write texts for numbers, others write numbers.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UpdateReport {
     /// The device.
-    #[serde(rename = "_id_")]
+    #[serde(rename = "_id_", deserialize_with = "verbatim::thing")]
     pub thing_name: ThingName,
-    /// When the try was, as the device says, in Unix milliseconds: tells one try from another.
-    #[serde(with = "digits")]
+    /// When the try was, as the device says, in Unix milliseconds: tells one try from another. Devices may write seconds,
+    /// milliseconds, microseconds or nanoseconds.
+    #[serde(with = "time")]
     pub timestamp: i64,
     /// How it ended.
     pub status: UpdateStatus,
     /// The device's model, if it says so.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "verbatim::optional")]
     pub model: Option<String>,
     /// The firmware that it runs, if it says so.
-    #[serde(rename = "FW", default, skip_serializing_if = "Option::is_none")]
+    #[serde(rename = "FW", default, skip_serializing_if = "Option::is_none", deserialize_with = "verbatim::optional")]
     pub firmware: Option<String>,
 }
+
+/// How far a device's clock may be ahead of the broker's, in milliseconds.
+const MAX_AHEAD: i64 = 24 * 3_600_000;
 
 impl UpdateReport {
     /// The message for the cloud.
@@ -51,14 +55,22 @@ impl UpdateReport {
     pub fn read(payload: &[u8]) -> Result<Option<Self>, DecodeError> {
         #[derive(Deserialize)]
         struct Named {
-            #[serde(rename = "_id_")]
-            id: Option<serde_json::Value>,
+            #[serde(rename = "_id_", default, deserialize_with = "verbatim::optional")]
+            id: Option<String>,
         }
         let Named { id } = limits::json(UPDATE_REPORTS_TOPIC, payload)?;
-        match id.as_ref().and_then(serde_json::Value::as_str).map(str::parse::<ThingName>) {
+        match id.map(|id| id.parse::<ThingName>()) {
             Some(Ok(_)) => Self::decode(payload).map(Some),
             _ => Ok(None),
         }
+    }
+
+    /// The report, dated by the broker (Unix milliseconds) if its device is far ahead of that: until such a date came, nothing else
+    /// that the device says would be newer.
+    #[must_use]
+    pub fn dated(self, received_at: i64) -> Self {
+        let is_ahead = self.timestamp > received_at.saturating_add(MAX_AHEAD);
+        Self { timestamp: if is_ahead { received_at } else { self.timestamp }, ..self }
     }
 
     /// Reads a message that is a device's report.
@@ -127,12 +139,33 @@ pub struct RecoveryInput {
     pub cycle: u32,
 }
 
-/// Devices send numbers as texts of digits.
-mod digits {
-    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+/// Texts that some devices write as numbers: digit by digit, for `2.10` is not `2.1`.
+mod verbatim {
+    use crate::ThingName;
+    use serde::de::{Deserialize, Deserializer, Error};
+    use serde_json::value::RawValue;
 
-    /// The largest timestamp that is taken: the year 5138.
-    const MAX: i64 = 99_999_999_999_999;
+    /// A text, or what a number is written as; none of anything else.
+    pub(super) fn optional<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
+        let raw = Box::<RawValue>::deserialize(deserializer)?;
+        let is_number = raw.get().starts_with(|c: char| c == '-' || c.is_ascii_digit());
+        Ok(if is_number { Some(raw.get().to_owned()) } else { serde_json::from_str(raw.get()).ok() })
+    }
+
+    pub(super) fn thing<'de, D: Deserializer<'de>>(deserializer: D) -> Result<ThingName, D::Error> {
+        let name = optional(deserializer)?.ok_or_else(|| D::Error::custom("_id_: expected a thing's name"))?;
+        name.parse().map_err(D::Error::custom)
+    }
+}
+
+/// Points in time, of which the size tells the unit.
+mod time {
+    use serde::{Deserializer, Serializer, de::Error};
+
+    /// The year 5138 in seconds is 1973 in milliseconds, and so on.
+    const FIRST_MILLISECONDS: i64 = 100_000_000_000;
+    const FIRST_MICROSECONDS: i64 = FIRST_MILLISECONDS * 1000;
+    const FIRST_NANOSECONDS: i64 = FIRST_MICROSECONDS * 1000;
 
     #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes it so")]
     pub(super) fn serialize<S: Serializer>(value: &i64, serializer: S) -> Result<S::Ok, S::Error> {
@@ -140,13 +173,25 @@ mod digits {
     }
 
     pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<i64, D::Error> {
-        let text = String::deserialize(deserializer)?;
-        let digits = text.bytes().all(|byte| byte.is_ascii_digit());
-        let value = text.parse().ok().filter(|value| digits && (0..=MAX).contains(value));
+        let text = super::verbatim::optional(deserializer)?.unwrap_or_default();
+        let number = text.trim();
+        // A fraction of a unit is less than what tells two tries apart.
+        let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
+        let is_number = whole.bytes().chain(fraction.bytes()).all(|byte| byte.is_ascii_digit());
+        let value = whole.parse().ok().filter(|_| is_number).map(milliseconds);
         value.ok_or_else(|| {
             let shown: String = text.chars().take(40).collect();
-            D::Error::custom(format!("timestamp: got {shown:?}, expected Unix milliseconds as a text of digits"))
+            D::Error::custom(format!("timestamp: got {shown:?}, expected Unix time: a number, or a text of digits"))
         })
+    }
+
+    fn milliseconds(value: i64) -> i64 {
+        match value {
+            ..FIRST_MILLISECONDS => value * 1000,
+            FIRST_MILLISECONDS..FIRST_MICROSECONDS => value,
+            FIRST_MICROSECONDS..FIRST_NANOSECONDS => value / 1000,
+            FIRST_NANOSECONDS.. => value / 1_000_000,
+        }
     }
 }
 
@@ -166,10 +211,10 @@ mod tests {
 
     #[test]
     fn a_message_of_another_kind_is_no_report_and_no_error() {
-        for other in [r#"{"status":"failed","pump":7}"#, r#"{"_id_":7,"status":"failed"}"#, r#"{"_id_":"a/b"}"#] {
+        for other in [r#"{"status":"failed","pump":7}"#, r#"{"_id_":[7],"status":"failed"}"#, r#"{"_id_":"a/b"}"#] {
             assert_eq!(UpdateReport::read(other.as_bytes()).unwrap(), None, "{other}");
         }
-        for broken in ["", "7", r#"{"_id_":"a","timestamp":1,"status":"failed"}"#] {
+        for broken in ["", "7", r#"{"_id_":"a","timestamp":true,"status":"failed"}"#] {
             assert!(UpdateReport::read(broken.as_bytes()).is_err(), "{broken}");
         }
         let report = br#"{"_id_":"a","timestamp":"1","status":"failed"}"#;
@@ -185,13 +230,63 @@ mod tests {
             ("timestamp", r#"{"_id_":"a","timestamp":"-1","status":"failed"}"#.to_owned()),
             ("timestamp", r#"{"_id_":"a","timestamp":"+1","status":"failed"}"#.to_owned()),
             ("timestamp", r#"{"_id_":"a","timestamp":"","status":"failed"}"#.to_owned()),
-            ("timestamp", r#"{"_id_":"a","timestamp":"999999999999999","status":"failed"}"#.to_owned()),
-            ("string", r#"{"_id_":"a","timestamp":1,"status":"failed"}"#.to_owned()),
+            ("timestamp", r#"{"_id_":"a","timestamp":"99999999999999999999","status":"failed"}"#.to_owned()),
+            ("timestamp", r#"{"_id_":"a","timestamp":1e12,"status":"failed"}"#.to_owned()),
+            ("timestamp", r#"{"_id_":"a","timestamp":null,"status":"failed"}"#.to_owned()),
             ("FAILED", r#"{"_id_":"a","timestamp":"1","status":"FAILED"}"#.to_owned()),
             ("FW", format!(r#"{{"_id_":"a","timestamp":"1","status":"failed","FW":"{long}"}}"#)),
         ] {
             let error = UpdateReport::decode(report.as_bytes()).unwrap_err().to_string();
             assert!(error.contains(field), "{report}: {error}");
         }
+    }
+
+    #[test]
+    fn numbers_are_as_good_as_texts_and_stay_what_they_are() {
+        let report = r#"{"_id_":30210,"timestamp":1711320208793,"status":"failed","model":8,"FW":2.10}"#;
+        let report = UpdateReport::read(report.as_bytes()).unwrap().unwrap();
+        assert_eq!((report.thing_name.as_str(), report.timestamp), ("30210", 1_711_320_208_793));
+        assert_eq!((report.model.as_deref(), report.firmware.as_deref()), (Some("8"), Some("2.10")));
+        let odd = r#"{"_id_":"a","timestamp":"1","status":"failed","model":null,"FW":{"major":2}}"#;
+        let odd = UpdateReport::decode(odd.as_bytes()).unwrap();
+        assert_eq!((odd.model, odd.firmware), (None, None), "what a device does not say so is not known");
+    }
+
+    #[test]
+    fn the_size_of_a_time_tells_its_unit() {
+        let time = |text: &str| {
+            let report = format!(r#"{{"_id_":"a","timestamp":{text},"status":"failed"}}"#);
+            UpdateReport::decode(report.as_bytes()).map(|report| report.timestamp)
+        };
+        for text in [
+            "1711320208",
+            "1711320208.5",
+            "\"1711320208\"",
+            "1711320208000",
+            "\" 1711320208000 \"",
+            "1711320208000000",
+            "\"1711320208000000\"",
+            "1711320208000000000",
+        ] {
+            assert_eq!(time(text), Ok(1_711_320_208_000), "{text}");
+        }
+        assert_eq!(
+            (time("0"), time("99999999999"), time("100000000000")),
+            (Ok(0), Ok(99_999_999_999_000), Ok(100_000_000_000))
+        );
+    }
+
+    /// Half a century ahead, and that in milliseconds: the device has lost its clock.
+    #[test]
+    fn a_report_from_the_future_is_dated_by_the_broker() {
+        let report = r#"{"_id_":"a","timestamp":"17104550400000","status":"failed"}"#;
+        let report = UpdateReport::decode(report.as_bytes()).unwrap();
+        let (now, day) = (1_711_320_208_000, 86_400_000);
+        assert_eq!(report.clone().dated(now).timestamp, now);
+        for timestamp in [0, now - day, now, now + day] {
+            let report = UpdateReport { timestamp, ..report.clone() };
+            assert_eq!(report.clone().dated(now), report);
+        }
+        assert_eq!(UpdateReport { timestamp: now + day + 1, ..report }.dated(now).timestamp, now);
     }
 }

@@ -17,6 +17,7 @@ async fn main() -> Result<(), lambda_runtime::Error> {
                 iot: aws_sdk_iot::Client::new(&aws),
                 allowances: Allowances::from_environment(&aws)?,
                 recoveries: Queue::new(&aws, config::required("RECOVERIES_QUEUE_URL")?),
+                successes: Queue::new(&aws, config::required("SUCCEEDED_UPDATES_QUEUE_URL")?),
                 limits,
             },
             DeadLetters::from_environment(&aws)?,

@@ -335,13 +335,25 @@ fn abort_config(abort: &Abort) -> Result<AbortConfig, Error> {
     AbortConfig::builder().criteria_list(criteria).build().map_err(unbuilt)
 }
 
+/// The semantic version that is nearest to one such as `2.27` or `v2`.
+fn semantic(version: &str) -> String {
+    let mut numbers: Vec<&str> = version.trim_start_matches(['v', 'V']).split('.').collect();
+    numbers.resize(3, "0");
+    let version = numbers.join(".");
+    if semver::Version::parse(&version).is_ok() { version } else { "1.2.3".to_owned() }
+}
+
 impl Input {
     /// Ranges are those of the `CreateJob` API
     /// (<https://docs.aws.amazon.com/iot/latest/apireference/API_CreateJob.html> and the types that it links).
     fn validate(&self, stack: &Stack) -> Result<(), Error> {
         if semver::Version::parse(&self.firmware_version).is_err() {
-            let expected = "a semantic version such as 1.2.3";
-            return Err(Error::invalid("firmwareVersion", quoted(&self.firmware_version), expected));
+            let expected = format!(
+                "a semantic version, MAJOR.MINOR.PATCH or MAJOR.MINOR.PATCH-PRERELEASE, such as {}. The version that devices run \
+                 now may have any form; the new image must report the job's version letter for letter, so build it with that one",
+                semantic(&self.firmware_version)
+            );
+            return Err(Error::invalid("firmwareVersion", quoted(&self.firmware_version), &expected));
         }
         // A device that has upgraded gets its version as an attribute of its thing.
         if let Err(error) = ATTRIBUTE_VALUE.check(&self.firmware_version) {
@@ -583,8 +595,14 @@ mod tests {
     fn bad_input_names_the_field_the_value_and_what_was_expected() {
         let cases = [
             (
-                json!({"firmwareVersion": "1.2"}),
-                "firmwareVersion: got \"1.2\", expected a semantic version such as 1.2.3",
+                json!({"firmwareVersion": "2.27"}),
+                "firmwareVersion: got \"2.27\", expected a semantic version, MAJOR.MINOR.PATCH or MAJOR.MINOR.PATCH-PRERELEASE, \
+                 such as 2.27.0. The version that devices run now may have any form; the new image must",
+            ),
+            (
+                json!({"firmwareVersion": "wo:v8"}),
+                "firmwareVersion: got \"wo:v8\", expected a semantic version, MAJOR.MINOR.PATCH or MAJOR.MINOR.PATCH-PRERELEASE, \
+                 such as 1.2.3. The",
             ),
             (
                 json!({"firmwareVersion": "1.1.0-rc.1+build5"}),

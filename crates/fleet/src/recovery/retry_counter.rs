@@ -8,7 +8,7 @@ use crate::allowance::Allowances;
 use crate::error::unbuilt;
 use crate::execution_name::execution_name;
 use crate::queue::{MqttMessage, Queue};
-use protocol::recovery::{Decision, Failure, RecoveryInput, UpdateReport};
+use protocol::recovery::{Decision, Failure, RecoveryInput, UpdateReport, UpdateStatus};
 use protocol::{OperationId, ThingName};
 
 /// What the handler reaches.
@@ -22,6 +22,8 @@ pub struct Adapters {
     pub allowances: Allowances,
     /// Where start-workflow learns of decisions.
     pub recoveries: Queue,
+    /// Where record-success learns of successes.
+    pub successes: Queue,
     /// The retry budget.
     pub limits: Limits,
 }
@@ -30,6 +32,10 @@ pub struct Adapters {
 /// is started once.
 pub async fn handle(adapters: &Adapters, body: &str) -> Result<(), Error> {
     let message = MqttMessage::parse(body)?;
+    // What the topic rules could not read comes here, and may be a success.
+    if message.update_report()?.is_some_and(|(report, _)| report.status == UpdateStatus::Succeeded) {
+        return adapters.successes.send(body).await;
+    }
     let report = reports::heard(&adapters.iot, &adapters.allowances, &message).await?;
     let Some((report, received_at)) = report else { return Ok(()) };
     let input = count(adapters, failure(report, received_at)?).await?;

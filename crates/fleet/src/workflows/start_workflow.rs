@@ -5,7 +5,7 @@ use super::started::{Started, StartedOperations};
 use crate::allowance::{Allowances, Unasked};
 use crate::error::{aws, code, unbuilt};
 use crate::execution_name::execution_name;
-use crate::job_executions::{JobExecutions, Standing, is_unsettled, unix_seconds};
+use crate::job_executions::{JobExecutions, Next, Standing, is_unsettled, unix_seconds};
 use crate::queue::{MqttMessage, NextOf, json};
 use crate::{Error, ErrorName, things};
 use protocol::job::{JobDocument, NextExecution, NotifyNext, UpgradeInput, WorkflowName};
@@ -70,8 +70,20 @@ pub async fn handle(adapters: &Adapters, body: &str) -> Result<(), Error> {
     } else if let Ok(recovery) = json::<RecoveryInput>("decision", body.as_bytes()) {
         Some(of_recovery(adapters, &recovery))
     } else if let Ok(NextOf { next_of: thing }) = json("question", body.as_bytes()) {
-        let execution = adapters.executions.next_queued(&thing).await?;
-        of_job(adapters, thing, NotifyNext { execution })?
+        match adapters.executions.next(&thing).await? {
+            Next::Nothing => of_job(adapters, thing, NotifyNext { execution: None })?,
+            Next::Queued(execution) => of_job(adapters, thing, NotifyNext { execution: Some(execution) })?,
+            Next::Begun(job) => {
+                let (thing, blocked_by) = (thing.as_str(), job.as_str());
+                tracing::info!(
+                    thing,
+                    blocked_by,
+                    outcome = "IGNORED",
+                    "a job is in progress, and those behind it wait"
+                );
+                None
+            }
+        }
     } else {
         of_message(adapters, &MqttMessage::parse(body)?).await?
     };
@@ -144,11 +156,14 @@ fn of_job(adapters: &Adapters, thing: ThingName, next: NotifyNext) -> Result<Opt
     let queued_at = queued_at.map(unix_seconds);
     let workflow = job_document.get("workflow");
     let stack = job_document.get("stack").and_then(Value::as_str);
-    // Other products' jobs may have workflows too, and another stack of ours has jobs of its own.
+    // Other products' jobs may have workflows too, even of that name, and another stack of ours has jobs of its own. What create-job
+    // made before stacks had names has a digest.
+    let is_nameless_of_ours = adapters.owns_device_topics && job_document.get("requestDigest").is_some();
     let is_ours = workflow.is_some_and(|name| WorkflowName::deserialize(name).is_ok())
-        && stack.map_or(adapters.owns_device_topics, |stack| stack == adapters.stack);
+        && stack.map_or(is_nameless_of_ours, |stack| stack == adapters.stack);
     if !is_ours {
-        tracing::info!(thing = thing.as_str(), job = job_id.as_str(), outcome = "IGNORED", "foreign job");
+        let (thing, blocked_by) = (thing.as_str(), job_id.as_str());
+        tracing::info!(thing, blocked_by, outcome = "IGNORED", "foreign job: until it has ended, ours behind it wait");
         return Ok(None);
     }
     let document: JobDocument = serde_json::from_value(job_document)
@@ -374,8 +389,15 @@ mod tests {
 
     #[tokio::test]
     async fn a_foreign_job_is_left_alone_and_a_broken_document_of_ours_is_told() {
-        for foreign in [serde_json::json!({"operation": "reboot"}), serde_json::json!({"workflow": "reboot"})] {
-            assert_eq!(outcome(None, &foreign).await, (Ok(()), 0));
+        for foreign in [
+            serde_json::json!({"operation": "reboot"}),
+            serde_json::json!({"workflow": "reboot"}),
+            serde_json::json!({"workflow": {"steps": []}, "stack": 7}),
+            serde_json::json!({"workflow": "firmware-upgrade", "image": "https://example.com/7"}),
+            serde_json::json!(["reboot"]),
+            serde_json::json!(null),
+        ] {
+            assert_eq!(outcome(None, &foreign).await, (Ok(()), 0), "{foreign}");
         }
         // Two stacks in an account hear of each other's jobs; those made before name none.
         let mut named = ours();
@@ -383,8 +405,36 @@ mod tests {
             named["stack"] = stack.into();
             assert_eq!(outcome(None, &named).await, (Ok(()), starts), "{stack}");
         }
-        let (result, starts) = outcome(None, &serde_json::json!({"workflow": "firmware-upgrade"})).await;
-        assert_eq!((result.unwrap_err().name, starts), (ErrorName::InvalidInput, 0));
+        for ours in [
+            serde_json::json!({"workflow": "firmware-upgrade", "stack": "fleetflow"}),
+            serde_json::json!({"workflow": "firmware-upgrade", "requestDigest": ""}),
+        ] {
+            let (result, starts) = outcome(None, &ours).await;
+            assert_eq!((result.unwrap_err().name, starts), (ErrorName::InvalidInput, 0), "{ours}");
+        }
+    }
+
+    /// Whoever asks for a thing's next job finds the one that blocks the queue, and leaves it alone.
+    #[tokio::test]
+    async fn a_job_at_the_head_of_the_queue_is_no_error_for_whoever_asks_for_the_next() {
+        for (status, document) in [
+            (JobExecutionStatus::InProgress, r#"{"operation":"reboot"}"#),
+            (JobExecutionStatus::Queued, r#"{"operation":"reboot"}"#),
+            (JobExecutionStatus::Queued, "reboot"),
+        ] {
+            let next = mock!(aws_sdk_iotjobsdataplane::Client::describe_job_execution)
+                .match_requests(|request| request.job_id() == Some("$next"))
+                .then_output(move || {
+                    let execution = JobExecution::builder().status(status.clone()).job_id("foreign-1");
+                    let execution = execution.execution_number(1).job_document(document);
+                    DescribeJobExecutionOutput::builder().execution(execution.build()).build()
+                });
+            let executions = JobExecutions::new(mock_client!(aws_sdk_iotjobsdataplane, [&next]));
+            let adapters =
+                adapters(mock_client!(aws_sdk_sfn, []), mock_client!(aws_sdk_iot, []), executions, remembered());
+            assert_eq!(handle(&adapters, r#"{"nextOf":"gateway-1"}"#).await, Ok(()), "{document}");
+            assert_eq!(next.num_calls(), 1);
+        }
     }
 
     /// What becomes of a broker's message, with such an answer of the registry, and with what the execution begins.

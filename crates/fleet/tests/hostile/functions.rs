@@ -203,6 +203,7 @@ impl Functions {
                 iot: registry.iot.clone(),
                 allowances,
                 recoveries: Queue::new(aws, text()),
+                successes: Queue::new(aws, text()),
                 limits: Limits { attempts: 10, cycles: 2 },
             },
             restoring: restore_attributes::Adapters { registry, failed_group: text() },
