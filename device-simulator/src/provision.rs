@@ -457,9 +457,7 @@ fn policy_document(arn_prefix: &str) -> String {
     let responses = [
         "devices/{thing}/firmware_resp",
         "devices/{thing}/config_resp",
-        "controllers/self::aws-dm-controller/agents/{thing}/response",
-        "controllers/self::aws-dm-controller/agents/{thing}/reply",
-        "controllers/self::aws-dm-controller/agents/{thing}/response/reply-to=*",
+        "controllers/self::aws-dm-controller/agents/{thing}/*",
     ];
     let all = |kind: &str, topics: &[&str]| topics.iter().map(|topic| arn(kind, topic)).collect::<Vec<_>>();
     json!({

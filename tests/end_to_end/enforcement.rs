@@ -97,6 +97,8 @@ async fn a_devices_certificate_is_good_for_that_device_only() {
         (me, Publish(format!("{controller}/{me}/response"))),
         (me, Publish(format!("{controller}/{me}/reply"))),
         (me, Publish(topic("controllers/self::aws-dm-controller/reply"))),
+        (me, Publish(format!("{controller}/{me}/response/reply-to=agents%2F{me}%2Fusp%2Frequest"))),
+        (me, Publish(format!("controllers/self::aws-dm-controller/reply/reply-to=agents%2F{me}%2Fusp%2Frequest"))),
         (me, Publish(topic("iot/device/data"))),
     ];
     let refused = [
@@ -113,6 +115,7 @@ async fn a_devices_certificate_is_good_for_that_device_only() {
         (me, Publish(format!("devices/{other}/config_resp"))),
         (me, Publish(format!("{controller}/{other}/response"))),
         (me, Publish(format!("{controller}/{other}/reply"))),
+        (me, Publish(format!("{controller}/{other}/response/reply-to=agents%2F{me}%2Fusp%2Frequest"))),
         // Only the cloud gives commands.
         (me, Publish(format!("devices/{me}/firmware_req"))),
         (me, Publish(format!("devices/{other}/firmware_req"))),

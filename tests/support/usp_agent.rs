@@ -30,14 +30,14 @@ pub struct UspMessage {
 impl UspMessage {
     /// The command in it.
     pub fn operate(&self) -> Option<&Operate> {
-        let request(request) = &self.body.msg_body else { return None };
-        let operate(operate) = &request.req_type else { return None };
-        Some(operate)
+        let request(asked) = &self.body.msg_body else { return None };
+        let operate(command) = &asked.req_type else { return None };
+        Some(command)
     }
 
     /// Whether it asks for a value.
     pub fn is_get(&self) -> bool {
-        matches!(&self.body.msg_body, request(request) if matches!(request.req_type, get(_)))
+        matches!(&self.body.msg_body, request(asked) if matches!(asked.req_type, get(_)))
     }
 }
 
