@@ -5,7 +5,7 @@ use base64::prelude::BASE64_STANDARD;
 use ed25519_dalek::{Signature, VerifyingKey};
 use mqtt_connection::with_causes;
 use protocol::{DeviceFailure, Firmware, ProtocolName, redacted};
-use reqwest::header::{CONTENT_RANGE, ETAG, IF_MATCH, RANGE};
+use reqwest::header::{CONTENT_RANGE, ETAG, IF_RANGE, RANGE};
 use reqwest::{Response, StatusCode};
 use sha2::{Digest, Sha256};
 use std::fs::{File, OpenOptions};
@@ -14,7 +14,7 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// How often in a row a download may get no further before it is given up.
+/// How often in a row a download may get no further before it is given up, and how often it may begin anew.
 const ATTEMPTS: u32 = 6;
 const FIRST_RETRY: Duration = Duration::from_millis(500);
 const BUFFER_BYTES: usize = 64 * 1024;
@@ -30,6 +30,8 @@ pub(crate) enum ImageFailure {
     AddressExpired(u16),
     /// The link or the server failed too often.
     Transfer(String),
+    /// There is nothing under the address.
+    Empty,
     SizeMismatch {
         expected: u64,
         actual: u64,
@@ -52,6 +54,7 @@ impl ImageFailure {
             Self::Status(status) => format!("HttpStatus{status}"),
             Self::AddressExpired(_) => DeviceFailure::ADDRESS_EXPIRED.into(),
             Self::Transfer(_) => "TransferFailed".into(),
+            Self::Empty => "EmptyImage".into(),
             Self::SizeMismatch { .. } => "SizeMismatch".into(),
             Self::ChecksumMismatch { .. } => "ChecksumMismatch".into(),
             Self::SignatureMissing => "SignatureMissing".into(),
@@ -66,6 +69,7 @@ impl ImageFailure {
             Self::Status(status) => format!("the server answered the download with status {status}"),
             Self::AddressExpired(status) => format!("the image's address has expired: status {status}"),
             Self::Transfer(why) => format!("the download broke off {ATTEMPTS} times: {why}"),
+            Self::Empty => "the image has no bytes".into(),
             Self::SizeMismatch { expected, actual } => format!("the image has {actual} bytes, expected {expected}"),
             Self::ChecksumMismatch { expected, actual } => {
                 format!("the image's SHA-256 is {actual}, expected {expected}")
@@ -85,11 +89,12 @@ impl ImageFailure {
             }
             // 7022 is a command failure, 7000 a failure without a number of its own.
             (ProtocolName::Usp, failure) => {
-                let code = if matches!(failure, Self::Status(_) | Self::AddressExpired(_) | Self::Transfer(_)) {
-                    "7022"
-                } else {
-                    "7000"
-                };
+                let code =
+                    if matches!(failure, Self::Status(_) | Self::AddressExpired(_) | Self::Transfer(_) | Self::Empty) {
+                        "7022"
+                    } else {
+                        "7000"
+                    };
                 DeviceFailure { code: code.into(), message: format!("{}: {}", self.name(), self.message()) }
             }
         }
@@ -111,6 +116,8 @@ pub(crate) enum DownloadError {
 enum Broken {
     ForGood(DownloadError),
     ForNow(String),
+    /// What has come so far is of no use.
+    Anew(String),
 }
 
 impl From<reqwest::Error> for Broken {
@@ -147,16 +154,28 @@ impl Download<'_> {
         &self,
         mut on_progress: impl FnMut(u64, Option<u64>) -> ControlFlow<()>,
     ) -> Result<(), DownloadError> {
-        let mut failures = 0;
+        let (mut failures, mut beginnings) = (0, 0);
+        let mut is_resumed = self.length() > 0;
         loop {
             let before = self.length();
-            let why = match self.attempt(before, &mut on_progress).await {
+            let attempt = self.attempt(before, &mut on_progress).await;
+            let checked = match attempt {
+                Ok(()) if is_resumed && beginnings == 0 => self.check_pieces().await,
+                other => other,
+            };
+            let why = match checked {
                 Ok(()) => return Ok(()),
                 Err(Broken::ForGood(error)) => return Err(error),
+                Err(Broken::Anew(why)) => {
+                    remove_if_there(self.partial).map_err(|error| DownloadError::Disk(self.partial.into(), error))?;
+                    beginnings += 1;
+                    why
+                }
                 Err(Broken::ForNow(why)) => why,
             };
+            is_resumed = self.length() > 0;
             failures = if self.length() > before { 1 } else { failures + 1 };
-            if failures >= ATTEMPTS {
+            if failures.max(beginnings) >= ATTEMPTS {
                 return Err(DownloadError::Image(ImageFailure::Transfer(why)));
             }
             tracing::debug!("{}: {why}, trying again", redacted(&self.firmware.url));
@@ -177,25 +196,30 @@ impl Download<'_> {
             return Ok(());
         }
         let mut request = self.client.get(&self.firmware.url);
-        if have > 0 {
-            request = request.header(RANGE, format!("bytes={have}-"));
-            // The rest must be of the same file; whose tag the server has not told is checked by its SHA-256 alone.
-            if let Ok(tag) = std::fs::read_to_string(self.tag_file()) {
-                request = request.header(IF_MATCH, tag);
-            }
+        // Without a strong validator nothing says that the rest is of the same file (RFC 9110, 13.1.5 and 14.2).
+        if let (true, Ok(tag)) = (have > 0, std::fs::read_to_string(self.tag_file())) {
+            request = request.header(RANGE, format!("bytes={have}-")).header(IF_RANGE, tag);
         }
         let response = request.send().await?;
+        let range = ContentRange::of(&response);
         match response.status() {
-            StatusCode::PARTIAL_CONTENT if starts_at(&response, have) => {
-                self.receive(response, have, on_progress).await
+            StatusCode::PARTIAL_CONTENT if range.first == Some(have) && self.may_have(range.total) => {
+                self.receive(response, have, range.total, on_progress).await
             }
-            StatusCode::OK => self.receive(response, 0, on_progress).await,
-            // A power cut came after the last byte.
-            StatusCode::RANGE_NOT_SATISFIABLE if range_total(&response) == Some(have) => Ok(()),
-            StatusCode::RANGE_NOT_SATISFIABLE | StatusCode::PARTIAL_CONTENT | StatusCode::PRECONDITION_FAILED => {
-                std::fs::remove_file(self.partial).map_err(|error| self.disk(error))?;
-                Err(Broken::ForNow("the server has another image than the one begun".into()))
+            StatusCode::OK => {
+                let total = response.content_length();
+                match (self.firmware.size, total) {
+                    (Some(expected), Some(actual)) if expected != actual => Err(size_mismatch(expected, actual)),
+                    _ => self.receive(response, 0, total, on_progress).await,
+                }
             }
+            StatusCode::RANGE_NOT_SATISFIABLE => match (self.firmware.size, range.total) {
+                // A power cut came after the last byte.
+                (None, total) if total == Some(have) => Ok(()),
+                (Some(expected), Some(actual)) if expected != actual => Err(size_mismatch(expected, actual)),
+                _ => Err(Broken::Anew("the server has another image than the one begun".into())),
+            },
+            StatusCode::PARTIAL_CONTENT => Err(Broken::Anew("the server sends another part than was asked for".into())),
             status if status.is_server_error() || matches!(status.as_u16(), 408 | 429) => {
                 Err(Broken::ForNow(format!("the server answered with status {status}")))
             }
@@ -207,13 +231,19 @@ impl Download<'_> {
         }
     }
 
+    /// Whether the image may be so long, as far as either is known.
+    fn may_have(&self, total: Option<u64>) -> bool {
+        self.firmware.size.is_none() || total.is_none() || total == self.firmware.size
+    }
+
     async fn receive(
         &self,
         mut response: Response,
         offset: u64,
+        total: Option<u64>,
         on_progress: &mut impl FnMut(u64, Option<u64>) -> ControlFlow<()>,
     ) -> Result<(), Broken> {
-        let total = response.content_length().map(|rest| offset + rest).or(self.firmware.size);
+        let total = self.firmware.size.or(total);
         // Written in place and at once, not on another thread: a device that loses power writes nothing afterwards.
         let mut file =
             OpenOptions::new().create(true).append(true).open(self.partial).map_err(|error| self.disk(error))?;
@@ -235,7 +265,23 @@ impl Download<'_> {
                 tokio::time::sleep(Duration::from_micros(chunk.len() as u64 * 1_000_000 / rate.max(1))).await;
             }
         }
-        file.sync_all().map_err(|error| self.disk(error))
+        file.sync_all().map_err(|error| self.disk(error))?;
+        match total {
+            // Of a body without a length the end of the connection looks like the end.
+            Some(total) if have < total => Err(Broken::ForNow(format!("it ended after {have} of {total} bytes"))),
+            _ if have == 0 => Err(Broken::ForGood(DownloadError::Image(ImageFailure::Empty))),
+            _ => Ok(()),
+        }
+    }
+
+    /// An image in pieces may be of two files after all: then it is fetched once more, in one.
+    async fn check_pieces(&self) -> Result<(), Broken> {
+        let (image, firmware) = (self.partial.to_owned(), self.firmware.clone());
+        let verified = tokio::task::spawn_blocking(move || verify(&image, &firmware, None)).await;
+        match verified.unwrap_or_else(|error| Err(io::Error::other(error))).map_err(|error| self.disk(error))? {
+            Ok(_) => Ok(()),
+            Err(failure) => Err(Broken::Anew(format!("in pieces, {}", failure.message()))),
+        }
     }
 
     fn tag_file(&self) -> PathBuf {
@@ -275,15 +321,30 @@ async fn has_expired(mut response: Response, have: u64) -> bool {
     words.contains("expired") || (status == StatusCode::FORBIDDEN && have > 0)
 }
 
-/// Whether the response continues where we stopped (`Content-Range: bytes 10-99/100`).
-fn starts_at(response: &Response, have: u64) -> bool {
-    let range = response.headers().get(CONTENT_RANGE).and_then(|value| value.to_str().ok()).unwrap_or_default();
-    range.strip_prefix("bytes ").and_then(|range| range.split('-').next()?.parse().ok()) == Some(have)
+fn size_mismatch(expected: u64, actual: u64) -> Broken {
+    Broken::ForGood(DownloadError::Image(ImageFailure::SizeMismatch { expected, actual }))
 }
 
-/// The image's length in an answer to a range beyond it (`Content-Range: bytes */100`).
-fn range_total(response: &Response) -> Option<u64> {
-    response.headers().get(CONTENT_RANGE)?.to_str().ok()?.strip_prefix("bytes */")?.parse().ok()
+fn remove_if_there(path: &Path) -> io::Result<()> {
+    std::fs::remove_file(path)
+        .or_else(|error| if error.kind() == io::ErrorKind::NotFound { Ok(()) } else { Err(error) })
+}
+
+/// Which part of how much a server sends: `bytes 10-99/100`, or `bytes */100` if it has no such part (RFC 9110, 14.4).
+#[derive(Debug, Default)]
+struct ContentRange {
+    first: Option<u64>,
+    total: Option<u64>,
+}
+
+impl ContentRange {
+    fn of(response: &Response) -> Self {
+        let header = response.headers().get(CONTENT_RANGE).and_then(|value| value.to_str().ok()).unwrap_or_default();
+        let Some((part, total)) = header.strip_prefix("bytes ").and_then(|range| range.split_once('/')) else {
+            return Self::default();
+        };
+        Self { first: part.split('-').next().and_then(|first| first.parse().ok()), total: total.parse().ok() }
+    }
 }
 
 /// Checks size, SHA-256 and signature as far as the command gives them; a device with a public key wants a
@@ -315,6 +376,9 @@ pub(crate) fn verify(
         }
     }
     let sha256 = hexadecimal(&digest.finalize());
+    if actual == 0 {
+        return Ok(Err(ImageFailure::Empty));
+    }
     if let Some(expected) = firmware.size.filter(|expected| *expected != actual) {
         return Ok(Err(ImageFailure::SizeMismatch { expected, actual }));
     }
@@ -365,8 +429,16 @@ mod tests {
         Serve,
         /// An answer without the image.
         Refuse(&'static str, &'static str),
-        /// Another image: it has another tag.
+        /// Another image: it has another tag, so there is no rest of the one begun.
         Replaced,
+        /// The image, without a tag or with such a one, until the connection breaks.
+        Tagged(&'static str, usize),
+        /// So much of it, without its length: the end looks like the end.
+        Unmeasured(usize),
+        /// The rest of an image of that length.
+        Total(&'static str),
+        /// Another length than the image has.
+        Length(usize),
         /// The same, but the connection breaks after so many bytes.
         Break(usize),
         /// No ranges here.
@@ -406,8 +478,24 @@ mod tests {
                 let head = format!("HTTP/1.1 {status}\r\nconnection: close\r\ncontent-length: {}", body.len());
                 return format!("{head}\r\n\r\n{body}").into_bytes();
             }
-            Answer::Replaced if request.contains("if-match: \"one\"") => Answer::Status(412),
-            Answer::Replaced => Answer::Serve,
+            Answer::Replaced => Answer::ServeAll,
+            Answer::Tagged(tag, limit) => {
+                let head =
+                    format!("HTTP/1.1 200 OK\r\nconnection: close\r\n{tag}content-length: {}\r\n\r\n", IMAGE.len());
+                return [head.as_bytes(), &IMAGE[..limit]].concat();
+            }
+            Answer::Unmeasured(limit) => {
+                let head = "HTTP/1.1 200 OK\r\nconnection: close\r\netag: \"one\"\r\n\r\n";
+                return [head.as_bytes(), &IMAGE[..limit]].concat();
+            }
+            Answer::Length(length) => {
+                let head = format!("HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: {length}\r\n\r\n");
+                return [head.as_bytes(), &IMAGE[..length]].concat();
+            }
+            Answer::Total(total) => {
+                let head = "HTTP/1.1 206 Partial\r\nconnection: close\r\ncontent-length: 70000\r\ncontent-range: bytes 30000-99999/";
+                return [format!("{head}{total}\r\n\r\n").as_bytes(), &IMAGE[30_000..]].concat();
+            }
             other => other,
         };
         let from: usize = request
@@ -542,11 +630,92 @@ mod tests {
         trial.fetch(&firmware).await.unwrap();
         assert_eq!(std::fs::read(trial.partial()).unwrap(), IMAGE);
         let requests = trial.requests();
-        assert!(
-            requests[1].contains("range: bytes=30000-") && requests[1].contains("if-match: \"one\""),
-            "{requests:?}"
-        );
-        assert!(!requests[2].contains("range:"), "{requests:?}");
+        let resumed = "range: bytes=30000-";
+        assert!(requests[1].contains(resumed) && requests[1].contains("if-range: \"one\""), "{requests:?}");
+        assert_eq!(requests.len(), 2, "the server sends the whole of another file at once");
+    }
+
+    #[tokio::test]
+    async fn without_a_strong_validator_a_download_begins_anew() {
+        for tag in ["", "etag: W/\"one\"\r\n", "last-modified: Tue, 01 Dec 2026 00:00:00 GMT\r\n"] {
+            let trial = Trial::new(vec![Answer::Tagged(tag, 30_000), Answer::Serve]).await;
+            let firmware = firmware(&trial.server.url);
+            trial.fetch(&firmware).await.unwrap();
+            assert_eq!(std::fs::read(trial.partial()).unwrap(), IMAGE);
+            let requests = trial.requests();
+            assert!(requests.len() == 2 && !requests[1].contains("range:"), "{tag}: {requests:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn the_rest_must_be_of_an_image_as_long() {
+        for (total, requests) in [("100000", 2), ("*", 2), ("100001", 3), ("99999", 3)] {
+            let trial = Trial::new(vec![Answer::Break(30_000), Answer::Total(total), Answer::Serve]).await;
+            trial.fetch(&firmware(&trial.server.url)).await.unwrap();
+            assert_eq!(std::fs::read(trial.partial()).unwrap(), IMAGE);
+            assert_eq!(trial.requests().len(), requests, "{total}");
+        }
+    }
+
+    #[tokio::test]
+    async fn an_end_before_the_known_size_is_an_interruption() {
+        for size in [0, 1, 30_000, 99_999] {
+            let trial = Trial::new(vec![Answer::Unmeasured(size), Answer::Serve]).await;
+            trial.fetch(&firmware(&trial.server.url)).await.unwrap();
+            assert_eq!(std::fs::read(trial.partial()).unwrap(), IMAGE);
+            let requests = trial.requests();
+            assert_eq!(requests[1].contains(&format!("range: bytes={size}-")), size > 0, "{requests:?}");
+        }
+        // Its size may be announced by the server alone.
+        let trial = Trial::new(vec![Answer::Break(30_000), Answer::Serve]).await;
+        trial.fetch(&Firmware { size: None, ..firmware(&trial.server.url) }).await.unwrap();
+        assert_eq!(std::fs::read(trial.partial()).unwrap(), IMAGE);
+    }
+
+    #[tokio::test]
+    async fn another_size_and_nothing_at_all_are_no_image() {
+        for (answer, size, expected) in [
+            (Answer::Length(0), None, ImageFailure::Empty),
+            (Answer::Unmeasured(0), None, ImageFailure::Empty),
+            (Answer::Length(0), Some(100_000), ImageFailure::SizeMismatch { expected: 100_000, actual: 0 }),
+            (Answer::Length(99_999), Some(100_000), ImageFailure::SizeMismatch { expected: 100_000, actual: 99_999 }),
+        ] {
+            let trial = Trial::new(vec![answer]).await;
+            let firmware = Firmware { size, sha256: None, ..firmware(&trial.server.url) };
+            let error = trial.fetch(&firmware).await.unwrap_err();
+            assert!(matches!(&error, DownloadError::Image(failure) if *failure == expected), "{error:?}");
+            assert_eq!(trial.requests().len(), 1);
+        }
+        let nothing = Firmware { size: None, sha256: None, ..firmware("http://localhost/2.0.0") };
+        assert_eq!(checked(&[], &nothing, None), Err(ImageFailure::Empty));
+    }
+
+    /// What is on the flash may be of another image, whatever its tag says; but one that is wrong as a whole stays so.
+    #[tokio::test]
+    async fn a_mismatch_after_a_resumed_download_begins_anew_once() {
+        for is_good in [true, false] {
+            let trial = Trial::new(vec![Answer::Serve]).await;
+            std::fs::write(trial.partial(), [1; 30_000]).unwrap();
+            std::fs::write(trial.partial().with_extension("etag"), "\"one\"").unwrap();
+            let good = firmware(&trial.server.url);
+            let sha256 = if is_good { good.sha256.clone() } else { Some("0".repeat(64)) };
+            let firmware = Firmware { sha256, ..good };
+            trial.fetch(&firmware).await.unwrap();
+            assert_eq!(std::fs::read(trial.partial()).unwrap(), IMAGE);
+            assert_eq!(verify(&trial.partial(), &firmware, None).unwrap().is_ok(), is_good);
+            let requests = trial.requests();
+            assert!(requests[0].contains("range: bytes=30000-") && !requests[1].contains("range:"), "{requests:?}");
+            assert_eq!(requests.len(), 2);
+        }
+    }
+
+    /// A server whose answers never fit is given up.
+    #[tokio::test(start_paused = true)]
+    async fn a_download_begins_anew_a_few_times_only() {
+        let answers = [Answer::Break(30_000), Answer::Total("7")].into_iter().cycle().take(100).collect();
+        let trial = Trial::new(answers).await;
+        let error = trial.fetch(&firmware(&trial.server.url)).await.unwrap_err();
+        assert!(matches!(error, DownloadError::Image(ImageFailure::Transfer(_))), "{error:?}");
     }
 
     #[tokio::test]

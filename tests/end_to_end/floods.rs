@@ -48,7 +48,8 @@ async fn an_answer_to_an_operation_that_never_was_leaves_nothing_behind() {
         let (_, devices) = cloud.provision("unasked", 1, ProtocolMix::All(protocol)).await;
         let thing = &devices[0].thing;
         let device = ScriptedDevice::connect(&devices[0]).await;
-        let operation: OperationId = format!("never-{thing}").parse().unwrap();
+        // Called as ours are: a boot under another name would be somebody else's doing.
+        let operation: OperationId = format!("never-{thing}-1-1795238492").parse().unwrap();
         let reply_to = ReplyTo { topic: "controllers/self::aws-dm-controller/reply".into(), ..ReplyTo::default() };
         for code in ["7", DeviceFailure::ADDRESS_EXPIRED] {
             let failure = StepOutcome::Failed(DeviceFailure { code: code.into(), message: "no".into() });

@@ -208,7 +208,7 @@ async fn a_device_reports_on_itself_only() {
     // What is no report of ours, what cannot be read.
     for (payload, expected) in [
         (json!({"_id_": own, "timestamp": "x", "status": "failed"}), "MalformedMessage"),
-        (json!({"_id_": own, "timestamp": 7, "status": "succeeded"}), "MalformedMessage"),
+        (json!({"_id_": own, "timestamp": [7], "status": "succeeded"}), "MalformedMessage"),
     ] {
         let (topic, payload) = (UPDATE_REPORTS_TOPIC.to_owned(), payload.to_string().into_bytes());
         device.publish(protocol::Publication { topic, payload: payload.clone() }).await;
@@ -249,6 +249,7 @@ impl Functions {
             iot: self.registry.iot.clone(),
             allowances: self.allowances.clone(),
             recoveries: self.recoveries.clone(),
+            successes: self.recoveries.clone(),
             limits: LIMITS,
         };
         retry_counter::handle(&adapters, &report(thing, UpdateStatus::Failed, number)).await
@@ -275,14 +276,18 @@ impl Functions {
 }
 
 /// A report as it comes out of a queue.
-fn report(thing: &ThingName, status: UpdateStatus, time: i64) -> String {
+/// When the reports of these tests begin, in Unix milliseconds.
+const BEGINNING: i64 = 1_711_320_208_000;
+
+fn report(thing: &ThingName, status: UpdateStatus, number: i64) -> String {
+    let time = BEGINNING + number;
     let report = UpdateReport { thing_name: thing.clone(), timestamp: time, status, model: None, firmware: None };
     let payload = base64::Engine::encode(&base64::prelude::BASE64_STANDARD, report.encode().payload);
     json!({"topic": UPDATE_REPORTS_TOPIC, "payload": payload, "clientId": thing, "receivedAt": time}).to_string()
 }
 
 fn operation(thing: &ThingName, number: i64) -> protocol::OperationId {
-    retry_counter::operation_of(thing, number).unwrap()
+    retry_counter::operation_of(thing, BEGINNING + number).unwrap()
 }
 
 /// What one invocation does, in the order of a device's life.

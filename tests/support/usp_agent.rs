@@ -44,6 +44,8 @@ impl UspMessage {
 /// An agent that is called otherwise than its thing, and listens to nothing else.
 pub struct UspAgent {
     device: MqttDevice,
+    /// What came while something else was waited for.
+    unheard: Vec<UspMessage>,
     /// Who it is.
     pub endpoint_id: String,
 }
@@ -53,7 +55,7 @@ impl UspAgent {
     pub async fn connect(spec: &DeviceSpec, endpoint_id: &str) -> Self {
         let mut device = MqttDevice::connect(spec, false).await;
         device.subscribe(ProtocolName::Usp.encoding().command_filter(&spec.thing), QoS::AtLeastOnce).await;
-        let agent = Self { device, endpoint_id: endpoint_id.to_owned() };
+        let agent = Self { device, unheard: Vec::new(), endpoint_id: endpoint_id.to_owned() };
         let record = agent.record().as_mqtt_connect_record(MQTTVersion::V3_1_1, agent.topic());
         agent.publish(&agent.said_on(), record.build().expect("a record")).await;
         agent
@@ -108,15 +110,22 @@ impl UspAgent {
 
     /// The next message to it that is such a one. What is addressed to others it drops.
     pub async fn hear(&mut self, is_wanted: impl Fn(&UspMessage) -> bool) -> UspMessage {
+        if let Some(place) = self.unheard.iter().position(&is_wanted) {
+            return self.unheard.remove(place);
+        }
         loop {
             let record = try_decode_record(&self.device.message().await.payload).expect("a record");
             let no_session_context(content) = record.record_type else { panic!("a record without a message") };
             let message = try_decode_msg(&content.payload).expect("a message");
             let message =
                 UspMessage { id: message.header.expect("a header").msg_id, body: message.body.expect("a body") };
-            if record.to_id == self.endpoint_id && is_wanted(&message) {
+            if record.to_id != self.endpoint_id {
+                continue;
+            }
+            if is_wanted(&message) {
                 return message;
             }
+            self.unheard.push(message);
         }
     }
 

@@ -171,6 +171,23 @@ fn texts_in_search_expressions_are_quoted_as_the_specification_asks() {
     }
 }
 
+#[test]
+fn of_an_address_the_last_part_is_decoded() {
+    let encoding = ProtocolName::Usp.encoding();
+    for (url, version) in [
+        ("https://x/1%2E2%2e3", "1.2.3"),
+        ("https://x/a%2Fb/1.2.3-rc.1?a=/b#/c", "1.2.3-rc.1"),
+        ("https://x/1.2.3#", "1.2.3"),
+    ] {
+        let Command::Download { operation_id, firmware } = download() else { panic!() };
+        let download = Command::Download { operation_id, firmware: Firmware { url: url.into(), ..firmware } };
+        let sent = encoding.encode_command(&thing(), None, &download, 1);
+        let received = encoding.decode_command(&sent.topic, &sent.payload).unwrap().unwrap();
+        let Command::Download { firmware, .. } = received.command else { panic!() };
+        assert_eq!((firmware.version.as_str(), firmware.url.as_str()), (version, url));
+    }
+}
+
 /// TR-369 lets a command be accepted by the path of its request.
 #[test]
 fn a_download_that_is_accepted_has_started_however_that_is_said() {

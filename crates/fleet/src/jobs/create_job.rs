@@ -11,7 +11,7 @@ use aws_sdk_iot::types::{
 };
 use protocol::fields::ATTRIBUTE_VALUE;
 use protocol::job::{Artifact, JobDocument};
-use protocol::{JobId, ProtocolName};
+use protocol::{JobId, ProtocolName, reported_version};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::ops::RangeInclusive;
@@ -138,6 +138,9 @@ pub struct Output {
     /// When the job is given up.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub abort: Option<Abort>,
+    /// What may not go as the caller thinks.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub note: Option<String>,
 }
 
 impl Output {
@@ -149,8 +152,25 @@ impl Output {
     ) -> Self {
         let rollout = rollout.map(Rollout::from);
         let abort = abort.and_then(|config| config.criteria_list.first()).map(Abort::from);
-        Self { job_id, job_arn: job_arn.unwrap_or_default(), rollout, abort }
+        Self { job_id, job_arn: job_arn.unwrap_or_default(), rollout, abort, note: None }
     }
+}
+
+/// What agents report that take their version from the image's address, as the public sample's does, if that is not the version.
+fn note_on_address(document: &JobDocument) -> Option<String> {
+    let address = document.artifact.url.as_deref().or(document.artifact.key.as_deref())?;
+    // A key is encoded in the address; `?` and `#` are part of its name.
+    let path = if document.artifact.url.is_some() { address.split(['?', '#']).next()? } else { address };
+    let last = path.rsplit('/').next()?;
+    let reported = if document.artifact.url.is_some() { reported_version(last) } else { Some(last.to_owned()) };
+    let reported = reported.unwrap_or_default();
+    let version = &document.firmware_version;
+    (document.protocol != Some(ProtocolName::Json) && reported != *version).then(|| {
+        format!(
+            "USP agents that take their version from the address, as the public sample's does, will report {reported:?} instead of \
+             {version:?} and fail with VersionMismatch; others are not concerned. Let the address end in /{version} for them"
+        )
+    })
 }
 
 /// Creates the job, or returns the one that the same payload has made before.
@@ -162,7 +182,8 @@ pub async fn handle(adapters: &Adapters, input: Input) -> Result<Output, Error> 
         Some(id) => id.clone(),
         None => generated_id()?,
     };
-    create(adapters, input, job_id, &document, template).await
+    let output = create(adapters, input, job_id, &document, template).await?;
+    Ok(Output { note: note_on_address(&document), ..output })
 }
 
 async fn job_template(adapters: &Adapters) -> Result<DescribeJobTemplateOutput, Error> {
@@ -528,6 +549,35 @@ mod tests {
             iot: mock_client!(aws_sdk_iot, RuleMode::MatchAny, iot),
             s3: mock_client!(aws_sdk_s3, RuleMode::MatchAny, [s3]),
             stack: stack(),
+        }
+    }
+
+    /// Some agents take their version from the address.
+    #[test]
+    fn an_address_that_does_not_end_in_the_version_is_noted() {
+        let note = |artifact: Value, protocol: Value| {
+            let document = json!({
+                "version": "1.0", "workflow": "firmware-upgrade", "firmwareVersion": "1.2.3", "upgradeTrigger": "manual",
+                "artifact": artifact, "protocol": protocol, "timeoutMinutes": 60, "requestDigest": "",
+            });
+            note_on_address(&serde_json::from_value(document).unwrap())
+        };
+        for (artifact, reported) in [
+            (json!({"key": "firmware/1.2.3"}), None),
+            (json!({"key": "1.2.3"}), None),
+            (json!({"url": "https://example.com/a/1.2.3?token=x#/y"}), None),
+            (json!({"url": "https://example.com/1%2E2%2E3"}), None),
+            (json!({"key": "builds/42/firmware.bin"}), Some("firmware.bin")),
+            (json!({"key": "1.2.3/"}), Some("")),
+            (json!({"url": "https://example.com/get?file=/1.2.3"}), Some("get")),
+        ] {
+            for protocol in [Value::Null, "usp".into()] {
+                let note = note(artifact.clone(), protocol);
+                let expected = reported.map(|reported| format!("will report {reported:?} instead of \"1.2.3\""));
+                assert_eq!(note.is_some(), expected.is_some(), "{artifact}");
+                assert!(expected.is_none_or(|expected| note.unwrap().contains(&expected)), "{artifact}");
+            }
+            assert_eq!(note(artifact, "json".into()), None);
         }
     }
 
