@@ -9,8 +9,8 @@ use tokio::io::{AsyncRead, AsyncReadExt};
 const LINE_BYTES: usize = 1024;
 const TAIL_LINES: usize = 20;
 const TAIL_BYTES: usize = 4096;
-/// So many lines are logged in a second.
-const LOGGED_LINES: u32 = 100;
+/// So many lines are logged in a second, and so many reports of progress told.
+const LINES_A_SECOND: u32 = 100;
 
 /// The last lines, shared with whoever reads them while more come.
 #[derive(Debug, Clone, Default)]
@@ -34,7 +34,14 @@ impl Tail {
 
 /// Reads to the end, in bounded memory.
 pub(crate) async fn read(mut stderr: impl AsyncRead + Unpin, tail: Tail, on_progress: impl Fn(u8)) {
-    let mut lines = Lines { line: Vec::new(), tail, logged: 0, since: Instant::now(), on_progress };
+    let mut lines = Lines {
+        line: Vec::new(),
+        tail,
+        logged: Budget::default(),
+        told: Budget::default(),
+        percent: None,
+        on_progress,
+    };
     let mut buffer = vec![0; 8192];
     // A program whose stderr cannot be read any more has ended.
     while let Ok(length @ 1..) = stderr.read(&mut buffer).await {
@@ -46,9 +53,29 @@ pub(crate) async fn read(mut stderr: impl AsyncRead + Unpin, tail: Tail, on_prog
 struct Lines<F> {
     line: Vec<u8>,
     tail: Tail,
-    logged: u32,
-    since: Instant,
+    logged: Budget,
+    told: Budget,
+    /// The progress that was told last.
+    percent: Option<u8>,
     on_progress: F,
+}
+
+/// How many lines there were in this second.
+#[derive(Default)]
+struct Budget {
+    lines: u32,
+    since: Option<Instant>,
+}
+
+impl Budget {
+    /// The number of this line.
+    fn take(&mut self) -> u32 {
+        if self.since.is_none_or(|since| since.elapsed() > Duration::from_secs(1)) {
+            (self.lines, self.since) = (0, Some(Instant::now()));
+        }
+        self.lines = self.lines.saturating_add(1);
+        self.lines
+    }
 }
 
 impl<F: Fn(u8)> Lines<F> {
@@ -66,22 +93,26 @@ impl<F: Fn(u8)> Lines<F> {
         let line = String::from_utf8_lossy(&self.line).trim_end().to_owned();
         self.line.clear();
         if let Some(percent) = progress(&line) {
-            (self.on_progress)(percent);
+            self.tell(percent);
         } else if !line.is_empty() {
             self.tail.push(&line);
             self.log(&line);
         }
     }
 
+    /// Tells of progress if it is news, unless the program floods.
+    fn tell(&mut self, percent: u8) {
+        if self.percent != Some(percent) && self.told.take() <= LINES_A_SECOND {
+            self.percent = Some(percent);
+            (self.on_progress)(percent);
+        }
+    }
+
     /// Logs a line, unless the program floods.
     fn log(&mut self, line: &str) {
-        if self.since.elapsed() > Duration::from_secs(1) {
-            (self.logged, self.since) = (0, Instant::now());
-        }
-        self.logged = self.logged.saturating_add(1);
-        match self.logged {
-            ..=LOGGED_LINES => tracing::info!(line, "the program says"),
-            number if number == LOGGED_LINES + 1 => tracing::warn!("the program says too much, lines are left out"),
+        match self.logged.take() {
+            ..=LINES_A_SECOND => tracing::info!(line, "the program says"),
+            number if number == LINES_A_SECOND + 1 => tracing::warn!("the program says too much, lines are left out"),
             _ => {}
         }
     }
@@ -110,6 +141,19 @@ mod tests {
             read_text(b"begin\nprogress: 5\n\nprogress: 40.7 %\nprogress: 101\r\nprogress: x\nend").await;
         assert_eq!(percents, [5, 40]);
         assert_eq!(tail, "begin\nprogress: 101\nprogress: x\nend");
+    }
+
+    #[tokio::test]
+    async fn a_flood_of_progress_is_bounded() {
+        let (_, percents) = read_text("progress: 7\n".repeat(10_000).as_bytes()).await;
+        assert_eq!(percents, [7]);
+        let begin = Instant::now();
+        let (_, percents) = read_text("progress: 1\nprogress: 2\n".repeat(100_000).as_bytes()).await;
+        let seconds = usize::try_from(begin.elapsed().as_secs()).unwrap() + 1;
+        assert!(percents.len() <= seconds * LINES_A_SECOND as usize, "{}", percents.len());
+        // A line of any length is one.
+        let long = format!("progress: {}", "0".repeat(1 << 20));
+        assert_eq!(read_text(long.as_bytes()).await.1, [0]);
     }
 
     #[tokio::test]
