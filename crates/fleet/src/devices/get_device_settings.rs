@@ -195,8 +195,17 @@ impl Schema {
         if !findings.is_empty() {
             return invalid(findings.join("; "));
         }
+        if let Some((name, number)) = settings.as_object().into_iter().flatten().find(|(_, value)| is_rounded(value)) {
+            return invalid(format!("{name}: {number} has more than 64 bits: the device would get another number"));
+        }
         serde_json::from_value(settings).or_else(|error| invalid(error.to_string()))
     }
+}
+
+/// Whether a number is a whole one that had to be rounded when it was read.
+fn is_rounded(value: &Value) -> bool {
+    const BEYOND_64_BITS: f64 = 9_223_372_036_854_775_808.0;
+    value.is_f64() && value.as_f64().is_some_and(|number| number.abs() >= BEYOND_64_BITS)
 }
 
 #[cfg(test)]
@@ -258,6 +267,24 @@ mod tests {
         }
         let all = json!({"SET_TEMP": 19, "SET_MODE": "ECO", "SET_CHILD_LOCK": true, "SET_ROOM_NAME": "Bad"});
         assert_eq!(schema.check("user-1", all.clone()), Ok(settings(all)));
+    }
+
+    #[test]
+    fn a_number_reaches_the_device_as_it_was_or_not_at_all() {
+        let validator = jsonschema::draft202012::new(&json!({"type": "object"})).unwrap();
+        let schema = Schema { document: Value::Null, validator };
+        let check = |number: &str| {
+            let profile = format!(r#"{{"SET_TEMP":{number}}}"#);
+            schema.check("user-1", serde_json::from_str(&profile).unwrap())
+        };
+        for number in ["23.687050846691058", "24.469236594107727", "18446744073709551615", "-9223372036854775808"] {
+            let settings = check(number).unwrap();
+            assert_eq!(serde_json::to_string(&settings).unwrap(), format!(r#"{{"SET_TEMP":{number}}}"#));
+        }
+        for number in ["18446744073709551616", "-123456789012345678901234567890"] {
+            let error = check(number).unwrap_err();
+            assert!(error.name == ErrorName::InvalidSettings && error.message.contains("64 bits"), "{error}");
+        }
     }
 
     #[test]

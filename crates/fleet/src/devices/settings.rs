@@ -354,6 +354,9 @@ mod tests {
         let number = |value| SettingValue::Number(serde_json::Number::from_f64(value).unwrap());
         let mut push = push(&[("SET_MODE", SettingOutcome::Success { value: Some(number(21.5)) })]);
         push.wanted.insert("SET_TEMP".parse().unwrap(), number(-3.25));
+        push.wanted.insert("SET_EXACT".parse().unwrap(), number(23.687_050_846_691_058));
+        push.wanted.insert("SET_MOST".parse().unwrap(), SettingValue::Number(u64::MAX.into()));
+        push.wanted.insert("SET_LEAST".parse().unwrap(), SettingValue::Number(i64::MIN.into()));
         push.wanted.insert("SET_LOCK".parse().unwrap(), SettingValue::Boolean(false));
         let value = serde_dynamo::to_attribute_value(&push).unwrap();
         assert_eq!(open_push(&HashMap::from([("push".to_owned(), value)])), Ok(Some(push)));
