@@ -156,6 +156,16 @@ fn contexts_meet_only_in_messages() {
     assert!(!read("crates/protocol/Cargo.toml").contains("aws"), "messages know no AWS");
 }
 
+/// What other crates of the same build ask of `serde_json` is not there when one is built alone, as the worker's container does.
+#[test]
+fn who_passes_json_on_asks_for_exact_numbers_itself() {
+    for package in ["crates/protocol", "crates/fleet", "crates/on-premises-worker"] {
+        let manifest = read(&format!("{package}/Cargo.toml"));
+        let line = manifest.lines().find(|line| line.starts_with("serde_json")).expect("serde_json");
+        assert!(line.contains("float_roundtrip") && line.contains("raw_value"), "{package}: {line}");
+    }
+}
+
 #[test]
 fn state_machines_go_only_where_there_is_something_and_everywhere_there_is() {
     for (file, machine) in state_machines() {

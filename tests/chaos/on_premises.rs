@@ -72,7 +72,7 @@ enum Move {
     Exception(usize),
     /// A sign of life.
     Heartbeat,
-    /// A sign of life with more than all of it done.
+    /// A sign of life in a form that is none.
     WrongHeartbeat,
     /// That it could not read the job.
     NoHandle,
@@ -408,6 +408,10 @@ impl Drop for OnPremises {
     }
 }
 
+fn value(input: &protocol::JsonText) -> Value {
+    serde_json::from_str(input.get()).expect("JSON")
+}
+
 /// A client with the rights of a tenant's worker.
 async fn speaker(cloud: &Cloud, tenant: &Tenant) -> MqttDevice {
     let folder = cloud.worker_credentials(tenant).await;
@@ -518,7 +522,7 @@ impl OnPremises {
                 json!({"result": null, "TaskToken": handle, "exception": EXCEPTIONS[index].0, "cause": why})
             }
             Move::Heartbeat => json!({"TaskToken": handle, "heartbeat": true, "progress": 50}),
-            Move::WrongHeartbeat => json!({"TaskToken": handle, "heartbeat": true, "progress": 101}),
+            Move::WrongHeartbeat => json!({"TaskToken": handle, "heartbeat": "yes", "case": case.name}),
             Move::NoHandle => {
                 let exception = format!("JSONDecodeError in {}", case.name);
                 json!({"result": null, "TaskToken": null, "exception": exception})
@@ -677,7 +681,7 @@ impl OnPremises {
             .await?;
             WorkerResult::Object { bytes }
         } else {
-            WorkerResult::Value(result)
+            WorkerResult::Value(result.into())
         };
         let message = WorkerMessage::Succeeded { result, lease: Some(lease.clone()) };
         let Publication { topic, payload } = message.encode(&self.tenant, &job.task_token);
@@ -715,7 +719,7 @@ impl OnPremises {
             let input: Value = serde_json::from_slice(&input).unwrap_or_default();
             same("the stored input is the job's", &(input == plan.input(case)), &true)?;
         } else {
-            same("the input is the job's", &(job.input == plan.input(case)), &true)?;
+            same("the input is the job's", &(value(&job.input) == plan.input(case)), &true)?;
         }
         for _ in 0..renewals {
             let renew =
@@ -776,7 +780,7 @@ impl OnPremises {
                 for worker in workers.iter() {
                     saw(worker.last_words());
                 }
-                workers.iter().position(|worker| std::fs::remove_file(worker.file(&file("begun"))).is_ok())
+                workers.iter().position(|worker| std::fs::remove_file(worker.work(&file("begun"))).is_ok())
             });
             let begun = begun.await?;
             let mut workers = self.workers.lock().await;
@@ -784,7 +788,7 @@ impl OnPremises {
             workers[begun].restart();
         }
         for worker in self.workers.lock().await.iter() {
-            std::fs::write(worker.file(&file("go")), "").expect("written");
+            std::fs::write(worker.work(&file("go")), "").expect("written");
         }
         eventually("the execution ends", || self.end(case)).await
     }

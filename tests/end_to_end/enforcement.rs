@@ -624,7 +624,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "sns:Publish EventsTopic",
         ],
     ),
-    ("OnPremisesJobRole", &["lambda:InvokeFunction PublishToDeviceFunction"]),
+    ("OnPremisesJobRole", &["dynamodb:GetItem WorkerJobsTable", "lambda:InvokeFunction PublishToDeviceFunction"]),
     (
         "RuleRole",
         &[

@@ -446,8 +446,20 @@ async fn every_way_through_the_recovery_of_a_failed_update() {
 
 /// The input of a job on premises, and the answers that let it succeed.
 fn good_job() -> (Value, Value) {
-    (json!({"tenant": "tenant1", "handler": "add", "a": 1}), json!({"RunJob": [result(&json!({"result": "done"}))]}))
+    let answers = json!({"RunJob": [result(&json!({"result": "done"}))], "ReadUnreadJobs": [unread(None)]});
+    (json!({"tenant": "tenant1", "handler": "add", "a": 1}), answers)
 }
+
+/// What is known of a tenant's last answer without a token: when it came, and its exception.
+fn unread(answer: Option<(u64, &str)>) -> Value {
+    let item = answer.map(|(at, exception)| {
+        json!({"job": {"S": "tenant1"}, "answeredAt": {"N": at.to_string()}, "exception": {"S": exception}})
+    });
+    result(&item.map_or_else(|| json!({}), |item| json!({ "Item": item })))
+}
+
+/// After every test's execution has begun.
+const IN_2100: u64 = 4_102_444_800_000;
 
 #[tokio::test]
 #[ignore = "needs the local cloud: cargo xtask test"]
@@ -455,6 +467,12 @@ async fn every_way_through_a_job_on_premises() {
     let (input, good) = good_job();
     let way = || vec!["RunJob"];
     let failed = || vec!["RunJob", "JobFailed"];
+    let timed_out = || vec!["RunJob", "ReadUnreadJobs", "JobFailed"];
+    let after_silence = |read: Vec<Value>, cause| Path {
+        answers: vec![("RunJob", vec![error("States.HeartbeatTimeout", "")]), ("ReadUnreadJobs", read)],
+        states: timed_out(),
+        end: Err(("WorkerTimedOut", cause)),
+    };
     let silent = || error("States.HeartbeatTimeout", "");
     let done = || result(&json!({"result": "done"}));
     let exception =
@@ -476,7 +494,15 @@ async fn every_way_through_a_job_on_premises() {
             Ok("done"),
         ),
         one("RunJob", vec![silent(), silent(), silent(), done()], way(), Ok("done")),
-        one("RunJob", vec![silent()], failed(), Err(("WorkerTimedOut", silence))),
+        // Who answers without a token is told apart from one who is silent, or was before this job.
+        after_silence(vec![unread(None)], silence),
+        after_silence(vec![unread(Some((1_700_000_000_000, "JSONDecodeError")))], silence),
+        after_silence(
+            vec![unread(Some((IN_2100, "JSONDecodeError")))],
+            "a worker has answered without a task token (JSONDecodeError) at 2100-01-01T00:00:00",
+        ),
+        after_silence(vec![unread(Some((IN_2100, "")))], "without a task token (no exception)"),
+        after_silence(vec![function_error("NotUpgradable")], silence),
         one("RunJob", vec![timeout()], failed(), Err(("WorkerTimedOut", long))),
         one("RunJob", vec![exception("KeyError", "b is missing"), done()], failed(), Err(("KeyError", "b is missing"))),
         one("RunJob", vec![exception("KeyError", ""), done()], failed(), Err(("KeyError", ""))),
@@ -517,6 +543,9 @@ fn ways() -> Vec<Way> {
     unanswered["ReadAnswers"] = json!([answers_of("another push")]);
     let mut given_up = upgrade_answers.clone();
     given_up["AwaitTransfer"] = json!([error("States.HeartbeatTimeout", "")]);
+    let mut unread_job = job_answers.clone();
+    unread_job["RunJob"] = json!([error("States.HeartbeatTimeout", "")]);
+    unread_job["ReadUnreadJobs"] = json!([unread(Some((IN_2100, "JSONDecodeError")))]);
     let to_transfer = &upgraded()[..6];
     let way = |machine, input: &Value, answers, states: &[&'static str], outcome, end| {
         let (input, states) = (input.clone(), states.to_vec());
@@ -544,6 +573,14 @@ fn ways() -> Vec<Way> {
         way("FailedUpdateRecoveryArn", &decided("PARK"), parking, &PARK, "/outcome", Ok("RESTORED")),
         way("FailedUpdateRecoveryArn", &decided("QUARANTINE"), quarantine, &QUARANTINE, "/outcome", Ok("QUARANTINED")),
         way("OnPremisesJobArn", &job, job_answers, &["RunJob"], "/lambdaOutput/result", Ok("done")),
+        way(
+            "OnPremisesJobArn",
+            &job,
+            unread_job,
+            &["RunJob", "ReadUnreadJobs", "JobFailed"],
+            "/lambdaOutput/result",
+            Err(("WorkerTimedOut", "JSONDecodeError")),
+        ),
     ]
 }
 

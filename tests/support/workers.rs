@@ -12,9 +12,14 @@ use std::time::Duration;
 impl Cloud {
     /// Starts a job: its execution's ARN.
     pub async fn start_job(&self, input: &Value) -> String {
+        self.start_job_of(&input.to_string()).await
+    }
+
+    /// The same with an input as text.
+    pub async fn start_job_of(&self, input: &str) -> String {
         let name = format!("job-{}", uuid::Uuid::new_v4().simple());
         let start = self.step_functions.start_execution().state_machine_arn(self.output("OnPremisesJobArn"));
-        start.name(name).input(input.to_string()).send().await.expect("the job starts").execution_arn
+        start.name(name).input(input).send().await.expect("the job starts").execution_arn
     }
 
     /// A key and a certificate with a tenant's policy, in a folder of their own.
@@ -31,11 +36,20 @@ impl Cloud {
         for (name, content) in [("certificate.pem", certificate), ("private.key", key), ("arn", arn)] {
             std::fs::write(folder.join(name), content).expect("written");
         }
+        // The worker takes no key that everybody can read.
+        let owner_only = std::os::unix::fs::PermissionsExt::from_mode(0o600);
+        std::fs::set_permissions(folder.join("private.key"), owner_only).expect("its mode");
         folder
     }
 }
 
 impl Cloud {
+    /// The address under which the functions sign those of large inputs and results: here it has the bucket in its path.
+    fn job_data_address(&self) -> String {
+        let endpoint = std::env::var("FLEETFLOW_PROXY").or_else(|_| std::env::var("AWS_ENDPOINT_URL"));
+        format!("{}/{}/", endpoint.expect("an endpoint"), self.output("JobDataBucketName"))
+    }
+
     /// Gives the certificate in a folder a policy of that name instead of its tenant's.
     pub async fn replace_worker_policy(&self, folder: &Path, name: &str, document: &Value) {
         let create = self.iot.create_policy().policy_name(name).policy_document(document.to_string());
@@ -92,7 +106,12 @@ impl PlainWorker {
 
     /// Answers with this payload, whatever it is.
     pub async fn say(&self, payload: &Value) {
-        let payload = payload.to_string().into_bytes();
+        self.say_text(&payload.to_string()).await;
+    }
+
+    /// The same with a text, which may be no JSON.
+    pub async fn say_text(&self, payload: &str) {
+        let payload = payload.as_bytes().to_owned();
         self.client.publish(Publication { topic: answers_topic(&self.tenant), payload }).await;
     }
 
@@ -108,7 +127,7 @@ impl PlainWorker {
 
     /// A result in a message.
     pub fn value(result: Value) -> WorkerResult {
-        WorkerResult::Value(result)
+        WorkerResult::Value(result.into())
     }
 }
 
@@ -131,8 +150,10 @@ impl WorkerProcess {
         let (endpoint, ca) = (Cloud::endpoint(), Cloud::ca());
         let config = format!(
             "tenant = \"{tenant}\"\nworker = \"{name}\"\nendpoint = \"{endpoint}\"\ncertificate = \"certificate.pem\"\n\
-             private_key = \"private.key\"\nca = \"{}\"\njournal = \"journal\"\nconcurrency = 8\n{handlers}",
-            ca.display()
+             private_key = \"private.key\"\nca = \"{}\"\nstorage = \"{}\"\njournal = \"journal\"\nconcurrency = 8\n\
+             {handlers}",
+            ca.display(),
+            cloud.job_data_address()
         );
         std::fs::write(folder.join("worker.toml"), config).expect("written");
         let process = Self::spawn(&folder);
@@ -156,9 +177,14 @@ impl WorkerProcess {
         self.process = Self::spawn(&self.folder);
     }
 
-    /// A file in its folder, which is also where its programs run.
-    pub fn file(&self, name: &str) -> PathBuf {
+    /// A file in its folder.
+    fn file(&self, name: &str) -> PathBuf {
         self.folder.join(name)
+    }
+
+    /// A file where its programs run.
+    pub fn work(&self, name: &str) -> PathBuf {
+        self.file("journal/work").join(name)
     }
 
     /// Waits until the log holds that.

@@ -97,16 +97,17 @@ pub fn decode<I: DeserializeOwned>(payload: &str, max_bytes: usize) -> Result<I,
     }
     let invalid = |why: String| Error::new(ErrorName::InvalidInput, format!("payload: {why}"));
     protocol::check_depth(payload.as_bytes()).map_err(|error| invalid(error.to_string()))?;
-    let value: Value = serde_json::from_str(payload).map_err(|error| invalid(error.to_string()))?;
-    // Its elements would be taken for fields, one after the other.
-    if value.is_array() {
-        return Err(invalid("got an array, expected an object".to_owned()));
-    }
-    serde_path_to_error::deserialize(value).map_err(|error| {
+    protocol::check_object("payload", payload.as_bytes())
+        .map_err(|error| Error::new(ErrorName::InvalidInput, error.to_string()))?;
+    // From the text: what is only passed on stays as it is.
+    let deserializer = &mut serde_json::Deserializer::from_str(payload);
+    let input = serde_path_to_error::deserialize(&mut *deserializer).map_err(|error| {
         let path = error.path().to_string();
         let field = if path == "." { "payload".to_owned() } else { path };
         Error::new(ErrorName::InvalidInput, format!("{field}: {}", error.inner()))
-    })
+    })?;
+    deserializer.end().map_err(|error| invalid(error.to_string()))?;
+    Ok(input)
 }
 
 /// Serves a function behind a queue, message by message. What may pass is tried again by the queue; what never
@@ -224,12 +225,13 @@ mod tests {
     fn a_bad_payload_is_an_invalid_input_that_names_the_field() {
         let deep = "[".repeat(100);
         for (payload, message) in [
-            (r#"{"size": -1}"#, "size: invalid value: integer `-1`, expected u32"),
-            (r#"{"size": 1, "colour": 2}"#, "colour: unknown field `colour`, expected `size`"),
-            ("{}", "payload: missing field `size`"),
+            (r#"{"size": -1}"#, "size: invalid value: integer `-1`, expected u32 at line 1 column 11"),
+            (r#"{"size": 1} 2"#, "payload: trailing characters at line 1 column 13"),
+            (r#"{"size": 1, "colour": 2}"#, "colour: unknown field `colour`, expected `size` at line 1 column 20"),
+            ("{}", "payload: missing field `size` at line 1 column 2"),
             (r#"{"size": 1, "colour": "long"}"#, "payload: got 29 bytes, expected at most 25"),
             ("[1]", "payload: got an array, expected an object"),
-            (&deep[..20], "payload: EOF while parsing a list at line 1 column 20"),
+            (&deep[..20], "payload: got an array, expected an object"),
         ] {
             let error = decode::<Input>(payload, 25).unwrap_err();
             assert_eq!((error.name, error.message.as_str()), (ErrorName::InvalidInput, message));

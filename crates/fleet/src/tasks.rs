@@ -1,9 +1,8 @@
 //! States that wait with a task token, and how they are ended from outside.
 
-use crate::error::{aws, code};
+use crate::error::{aws, code, unbuilt};
 use crate::{Error, ErrorName};
 use serde::Serialize;
-use serde_json::Value;
 
 /// Limits of `SendTaskFailure` (<https://docs.aws.amazon.com/step-functions/latest/apireference/API_SendTaskFailure.html>).
 pub(crate) const MAX_CAUSE_CHARACTERS: usize = 32_768;
@@ -43,10 +42,11 @@ impl Tasks {
     }
 
     /// Ends a task with its output or its failure: `Applied`, or `Late` if it has ended already.
-    pub async fn complete(&self, token: &str, result: Result<Value, Error>) -> Result<Outcome, Error> {
+    pub async fn complete(&self, token: &str, result: Result<impl Serialize, Error>) -> Result<Outcome, Error> {
         match result {
             Ok(output) => {
-                let sent = self.client.send_task_success().task_token(token).output(output.to_string()).send().await;
+                let output = serde_json::to_string(&output).map_err(unbuilt)?;
+                let sent = self.client.send_task_success().task_token(token).output(output).send().await;
                 outcome("states:SendTaskSuccess", sent)
             }
             Err(failure) => self.fail(token, failure.name, &failure.message).await,

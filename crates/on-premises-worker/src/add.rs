@@ -1,85 +1,115 @@
 //! The built-in handler `add`: `a + b`, as Python adds.
 
 use crate::{Failure, Outcome};
-use serde_json::{Number, Value};
+use num_bigint::BigInt;
+use protocol::JsonText;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use std::collections::HashMap;
 
 /// Adds the input's `a` and `b`: numbers, texts or lists.
-pub(crate) fn add(input: &Value) -> Outcome {
-    let Value::Object(fields) = input else {
+pub(crate) fn add(input: &JsonText) -> Outcome {
+    if kind(input) != "object" {
         let cause = format!("expected an object with a and b, got {}", kind(input));
         return Err(Failure::new("TypeError", cause));
-    };
+    }
+    let fields: HashMap<String, JsonText> = read(input)?;
     let field = |name: &str| fields.get(name).ok_or_else(|| Failure::new("KeyError", format!("'{name}'")));
     sum(field("a")?, field("b")?)
 }
 
-fn sum(a: &Value, b: &Value) -> Outcome {
-    match (a, b) {
-        (Value::Number(a), Value::Number(b)) => numbers(a, b),
-        (Value::String(a), Value::String(b)) => Ok(format!("{a}{b}").into()),
-        (Value::Array(a), Value::Array(b)) => Ok([a.as_slice(), b].concat().into()),
-        _ => {
-            let cause = format!("unsupported operand types for +: {} and {}", kind(a), kind(b));
-            Err(Failure::new("TypeError", cause))
-        }
+fn sum(a: &JsonText, b: &JsonText) -> Outcome {
+    match (kind(a), kind(b)) {
+        ("number", "number") => numbers(a.get(), b.get()),
+        ("string", "string") => written(&format!("{}{}", read::<String>(a)?, read::<String>(b)?)),
+        ("list", "list") => written(&[read::<Vec<JsonText>>(a)?, read(b)?].concat()),
+        (a, b) => Err(Failure::new("TypeError", format!("unsupported operand types for +: {a} and {b}"))),
     }
 }
 
-fn numbers(a: &Number, b: &Number) -> Outcome {
-    if let (Some(a), Some(b)) = (a.as_i128(), b.as_i128())
-        && let Some(sum) = Number::from_i128(a + b)
-    {
-        return Ok(sum.into());
+/// Whole numbers of any size are added as such, others as doubles.
+fn numbers(a: &str, b: &str) -> Outcome {
+    if let (Ok(a), Ok(b)) = (a.parse::<BigInt>(), b.parse::<BigInt>()) {
+        return JsonText::parse((a + b).to_string().as_bytes()).map_err(|error| unusable(&error));
     }
-    let sum = a.as_f64().zip(b.as_f64()).and_then(|(a, b)| Number::from_f64(a + b));
-    sum.map(Value::from).ok_or_else(|| Failure::new("OverflowError", format!("{a} + {b} is out of range")))
+    let sum = a.parse::<f64>().and_then(|a| Ok(a + b.parse::<f64>()?)).unwrap_or(f64::NAN);
+    if sum.is_finite() {
+        return written(&sum);
+    }
+    Err(Failure::new("OverflowError", format!("{a} + {b} is out of range")))
 }
 
-fn kind(value: &Value) -> &'static str {
-    match value {
-        Value::Null => "null",
-        Value::Bool(_) => "boolean",
-        Value::Number(_) => "number",
-        Value::String(_) => "string",
-        Value::Array(_) => "list",
-        Value::Object(_) => "object",
+fn read<T: DeserializeOwned>(json: &JsonText) -> Result<T, Failure> {
+    serde_json::from_str(json.get()).map_err(|error| unusable(&error))
+}
+
+fn written(value: &impl Serialize) -> Outcome {
+    JsonText::of(value).map_err(|error| unusable(&error))
+}
+
+fn unusable(error: &serde_json::Error) -> Failure {
+    Failure::new("ValueError", error.to_string())
+}
+
+fn kind(json: &JsonText) -> &'static str {
+    match json.get().as_bytes().first() {
+        Some(b'n') => "null",
+        Some(b't' | b'f') => "boolean",
+        Some(b'"') => "string",
+        Some(b'[') => "list",
+        Some(b'{') => "object",
+        _ => "number",
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
+
+    fn json(text: &str) -> JsonText {
+        JsonText::parse(text.as_bytes()).unwrap()
+    }
 
     #[test]
     fn what_can_be_added_is_added() {
         for (a, b, sum) in [
-            (json!(15), json!(42), json!(57)),
-            (json!(-1), json!(1), json!(0)),
-            (json!(1), json!(0.5), json!(1.5)),
-            (json!(i64::MIN), json!(-1), json!(-9_223_372_036_854_775_809.0)),
-            (json!(u64::MAX), json!(1), json!(18_446_744_073_709_551_616.0)),
-            (json!("a"), json!("b"), json!("ab")),
-            (json!([1]), json!(["x"]), json!([1, "x"])),
+            ("15", "42", "57"),
+            ("-1", "1", "0"),
+            ("1", "0.5", "1.5"),
+            ("117.63331139400017", "0", "117.63331139400017"),
+            ("0.1", "0.2", "0.30000000000000004"),
+            ("-9223372036854775808", "-1", "-9223372036854775809"),
+            ("18446744073709551615", "1", "18446744073709551616"),
+            ("123456789012345678901234567890", "-1", "123456789012345678901234567889"),
+            (r#""a""#, r#""b\u00e4""#, r#""abä""#),
+            (
+                "[1.0,12345678901234567890123]",
+                r#"[{"z":1,"a":0.10}]"#,
+                r#"[1.0,12345678901234567890123,{"z":1,"a":0.10}]"#,
+            ),
         ] {
-            assert_eq!(add(&json!({"a": a, "b": b, "c": null})), Ok(sum), "{a} + {b}");
+            let input = json(&format!(r#"{{"a":{a},"b":{b},"c":null}}"#));
+            assert_eq!(add(&input), Ok(json(sum)), "{a} + {b}");
         }
     }
 
     #[test]
     fn what_cannot_be_added_fails_as_in_python() {
         for (input, exception, cause) in [
-            (json!({"a": 1}), "KeyError", "'b'"),
-            (json!({"b": 1}), "KeyError", "'a'"),
-            (json!([1, 2]), "TypeError", "expected an object with a and b, got list"),
-            (json!(null), "TypeError", "expected an object with a and b, got null"),
-            (json!({"a": 1, "b": "x"}), "TypeError", "unsupported operand types for +: number and string"),
-            (json!({"a": {}, "b": {}}), "TypeError", "unsupported operand types for +: object and object"),
-            (json!({"a": f64::MAX, "b": f64::MAX}), "OverflowError", "is out of range"),
+            (r#"{"a":1}"#, "KeyError", "'b'"),
+            (r#"{"b":1}"#, "KeyError", "'a'"),
+            ("[1,2]", "TypeError", "expected an object with a and b, got list"),
+            ("null", "TypeError", "expected an object with a and b, got null"),
+            (r#"{"a":1,"b":"x"}"#, "TypeError", "unsupported operand types for +: number and string"),
+            (r#"{"a":{},"b":{}}"#, "TypeError", "unsupported operand types for +: object and object"),
+            (r#"{"a":1e308,"b":1e308}"#, "OverflowError", "is out of range"),
+            (r#"{"a":1e999,"b":1}"#, "OverflowError", "is out of range"),
+            (r#"{"a":"\ud800","b":""}"#, "ValueError", "line 1 column 8"),
         ] {
-            let failure = add(&input).unwrap_err();
+            let failure = add(&json(input)).unwrap_err();
             assert_eq!(failure.exception, exception, "{input}");
-            assert!(failure.cause.unwrap().ends_with(cause), "{input}");
+            let given = failure.cause.unwrap();
+            assert!(given.ends_with(cause), "{input}: {given}");
         }
     }
 }

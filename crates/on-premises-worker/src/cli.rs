@@ -2,9 +2,9 @@
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use on_premises_worker::config::{Config, ConfigError};
-use on_premises_worker::{handlers, worker};
-use protocol::HandlerName;
-use serde_json::{Value, json};
+use on_premises_worker::{GRACE, handlers, worker};
+use protocol::{HandlerName, JsonText};
+use serde_json::json;
 use std::io::{self, IsTerminal, Read};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -121,6 +121,10 @@ impl WithConfig {
         }
         println!("worker {} of {}, client id {}", config.worker, config.tenant, config.client_id);
         println!("broker {}, journal {}", config.endpoint, config.journal.display());
+        match &config.storage {
+            Some(storage) => println!("storage {storage}"),
+            None => println!("no storage: inputs and results that are too large for a message fail their jobs"),
+        }
         println!("up to {} jobs at once, by default with {}", config.concurrency, config.default_handler);
         for handler in config.known_handlers() {
             let program = config.handlers.iter().find(|(name, _)| name.as_str() == handler);
@@ -132,7 +136,8 @@ impl WithConfig {
                 Ok(path) => println!("handler {handler}: {} {}", path.display(), program.arguments.join(" ")),
                 Err(why) => problems.push(format!("handlers.{name}.program: {why}")),
             }
-            if !program.folder.is_dir() {
+            // The one in the journal is made when it is needed.
+            if !program.folder.is_dir() && !program.folder.starts_with(&config.journal) {
                 problems.push(format!("handlers.{name}.folder: {} is no folder", program.folder.display()));
             }
         }
@@ -148,8 +153,10 @@ async fn job(config: &WithConfig, handler: &HandlerName) -> Result<bool, Failure
     }
     let mut text = Vec::new();
     io::stdin().read_to_end(&mut text).map_err(|error| Failure::CouldNotRun(format!("stdin: {error}")))?;
-    let input: Value =
-        serde_json::from_slice(&text).map_err(|error| Failure::Usage(format!("stdin: expected JSON: {error}")))?;
+    let input = JsonText::parse(&text).map_err(|error| Failure::Usage(format!("stdin: expected JSON: {error}")))?;
+    config
+        .make_working_folder()
+        .map_err(|error| Failure::CouldNotRun(format!("no working folder in {}: {error}", config.journal.display())))?;
     let on_progress = |percent| tracing::info!(percent, "progress");
     let mut terminated = signal(SignalKind::terminate()).map_err(|error| no_signals(&error))?;
     let mut interrupted = signal(SignalKind::interrupt()).map_err(|error| no_signals(&error))?;
@@ -159,6 +166,7 @@ async fn job(config: &WithConfig, handler: &HandlerName) -> Result<bool, Failure
             _ = terminated.recv() => {}
             _ = interrupted.recv() => {}
         }
+        GRACE
     };
     match handlers::handle(&config, handler, &input, on_progress, told_to_end).await {
         Some(Ok(result)) => {

@@ -2,12 +2,13 @@
 
 use mqtt_connection::Endpoint;
 use protocol::{HandlerName, Tenant, WorkerName};
+use reqwest::Url;
 use serde::{Deserialize, Deserializer};
 use std::collections::BTreeMap;
-use std::fs;
+use std::fs::{self, DirBuilder};
 use std::io;
 use std::ops::RangeInclusive;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -50,6 +51,8 @@ pub struct Config {
     pub private_key: PathBuf,
     /// The authority behind the broker's certificate, if the operating system does not know it.
     pub ca: Option<PathBuf>,
+    /// The address of the stack's bucket, under which inputs and results are that are too large for a message.
+    pub storage: Option<Url>,
     /// Its MQTT client id.
     pub client_id: String,
     /// Where jobs are written down.
@@ -84,6 +87,17 @@ pub struct Program {
 }
 
 impl Program {
+    /// Fails with a sentence if the program would run beside the private key.
+    fn check_folder(&self, handler: &HandlerName, private_key: &Path) -> Result<(), String> {
+        if private_key.parent() != Some(&self.folder) {
+            return Ok(());
+        }
+        Err(format!(
+            "handlers.{handler}.folder: got {}, which holds the private key, expected another",
+            self.folder.display()
+        ))
+    }
+
     /// The file that would run. Fails with a sentence if there is none.
     pub fn locate(&self) -> Result<PathBuf, String> {
         let shown = self.program.display();
@@ -116,6 +130,8 @@ struct ConfigFile {
     certificate: PathBuf,
     private_key: PathBuf,
     ca: Option<PathBuf>,
+    #[serde(default, deserialize_with = "storage")]
+    storage: Option<Url>,
     client_id: Option<String>,
     #[serde(default = "default_journal")]
     journal: PathBuf,
@@ -183,6 +199,23 @@ fn endpoint<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Endpoint, D::E
     String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
 }
 
+/// Nobody on the way shall read or exchange what is transferred.
+fn storage<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Url>, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    let wrong = || serde::de::Error::custom(format!("{text:?} is no address of a bucket: expected https://BUCKET…/"));
+    let mut url = Url::parse(&text).map_err(|_| wrong())?;
+    let is_local = matches!(url.host_str(), Some("127.0.0.1" | "localhost"));
+    let is_safe = url.scheme() == "https" || url.scheme() == "http" && is_local;
+    if !is_safe || url.host_str().is_none() || url.query().is_some() || url.fragment().is_some() {
+        return Err(wrong());
+    }
+    if !url.path().ends_with('/') {
+        // Else another bucket's name could begin with it.
+        url.set_path(&format!("{}/", url.path()));
+    }
+    Ok(Some(url))
+}
+
 fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
     let text = String::deserialize(deserializer)?;
     match humantime::parse_duration(&text) {
@@ -212,20 +245,26 @@ impl Config {
         if client_id.is_empty() || client_id.len() > 128 || client_id.contains(char::is_control) {
             return Err(format!("client_id: got {client_id:?}, expected 1 to 128 characters"));
         }
+        let (journal, private_key) = (folder.join(file.journal), folder.join(file.private_key));
         let handlers: BTreeMap<_, _> = file
             .handlers
             .into_iter()
-            .map(|(name, table)| Ok((name.clone(), table.checked(&name, folder)?)))
+            .map(|(name, table)| {
+                let program = table.checked(&name, folder, &journal)?;
+                program.check_folder(&name, &private_key)?;
+                Ok((name, program))
+            })
             .collect::<Result<_, String>>()?;
         let config = Self {
             tenant: file.tenant,
             worker,
             endpoint: file.endpoint,
             certificate: folder.join(file.certificate),
-            private_key: folder.join(file.private_key),
+            private_key,
             ca: file.ca.map(|ca| folder.join(ca)),
             client_id,
-            journal: folder.join(file.journal),
+            storage: file.storage,
+            journal,
             journal_age: Duration::from_hours(24 * in_range("journal_days", file.journal_days, 1..=3650)?),
             concurrency: size("concurrency", file.concurrency, 1..=1000)?,
             drain_timeout: file.drain_timeout,
@@ -237,6 +276,25 @@ impl Config {
             return Err(format!("default_handler: got \"{}\", expected one of {known}", config.default_handler));
         }
         Ok(config)
+    }
+
+    /// Fails with a sentence if the private key can be read by everybody or changed by others than its owner. A group may read
+    /// it: that of a service whose files are root's.
+    pub fn check_private_key(&self) -> Result<(), String> {
+        let shown = self.private_key.display();
+        let metadata = fs::metadata(&self.private_key).map_err(|error| format!("{shown} cannot be read: {error}"))?;
+        let mode = metadata.permissions().mode() & 0o7777;
+        if mode & 0o027 == 0 {
+            return Ok(());
+        }
+        Err(format!(
+            "{shown} has mode {mode:04o}: others than its owner and its group can read it, or change it; chmod 600 {shown}"
+        ))
+    }
+
+    /// Makes the folder in which programs run that have no other one.
+    pub fn make_working_folder(&self) -> io::Result<()> {
+        DirBuilder::new().recursive(true).mode(0o700).create(working_folder(&self.journal))
     }
 
     /// Whether there is a handler of that name.
@@ -254,7 +312,7 @@ impl Config {
 }
 
 impl ProgramTable {
-    fn checked(self, handler: &HandlerName, folder: &Path) -> Result<Program, String> {
+    fn checked(self, handler: &HandlerName, folder: &Path, journal: &Path) -> Result<Program, String> {
         let field = |name: &str| format!("handlers.{handler}.{name}");
         if self.program.as_os_str().is_empty() {
             return Err(format!("{}: got \"\", expected a path or a name", field("program")));
@@ -270,9 +328,14 @@ impl ProgramTable {
             timeout: self.timeout,
             output_limit: size(&field("output_limit"), self.output_limit, 1..=1 << 30)?,
             environment: self.environment,
-            folder: self.folder.map_or_else(|| folder.to_owned(), |own| folder.join(own)),
+            folder: self.folder.map_or_else(|| working_folder(journal), |own| folder.join(own)),
         })
     }
+}
+
+/// Where programs run that have no folder of their own: apart from the keys, and where the worker may write.
+fn working_folder(journal: &Path) -> PathBuf {
+    journal.join("work")
 }
 
 fn in_range(field: &str, value: u64, range: RangeInclusive<u64>) -> Result<u64, String> {
@@ -336,7 +399,7 @@ private_key = "/keys/private.key"
         assert!(program("sh").locate().unwrap().is_absolute());
         assert_eq!(program("/etc/passwd").locate(), Err("/etc/passwd is no executable file".to_owned()));
         assert!(program("no-such-program").locate().unwrap_err().contains("in a folder of PATH"));
-        assert_eq!(program("sh").folder, Path::new("/etc/worker"));
+        assert_eq!(program("sh").folder, Path::new("/etc/worker/journal/work"));
     }
 
     #[test]
@@ -357,6 +420,13 @@ private_key = "/keys/private.key"
             ("[handlers.x]\nprogram = ''", &["handlers.x.program: got \"\", expected a path or a name"]),
             ("[handlers.x]\nprogram = 'x'\noutput_limit = 0", &["handlers.x.output_limit: got 0, expected 1 to"]),
             ("[handlers.x]\nprogram = 'x'\nenvironment = ['A=1']", &["handlers.x.environment: got \"A=1\""]),
+            (
+                "[handlers.x]\nprogram = 'x'\nfolder = '/keys/.'",
+                &["handlers.x.folder: got /keys/., which holds the private"],
+            ),
+            ("storage = 'http://bucket.s3.amazonaws.com'", &["is no address of a bucket: expected https://BUCKET"]),
+            ("storage = 'bucket'", &["\"bucket\" is no address of a bucket"]),
+            ("storage = 'https://x/?a=b'", &["is no address of a bucket"]),
         ] {
             let error = parse(more).unwrap_err();
             for part in parts {
@@ -366,6 +436,39 @@ private_key = "/keys/private.key"
         assert!(Config::parse("tenant = 'tenant1'", Path::new("/")).unwrap_err().contains("missing field `endpoint`"));
         let scheme = LEAST.replace("localhost", "mqtts://localhost");
         assert!(Config::parse(&scheme, Path::new("/")).unwrap_err().contains("expected HOST or HOST:PORT"));
+    }
+
+    #[test]
+    fn a_storage_ends_where_another_begins() {
+        for (written, read) in [
+            ("https://bucket.s3.eu-west-1.amazonaws.com", "https://bucket.s3.eu-west-1.amazonaws.com/"),
+            ("http://127.0.0.1:4566/bucket", "http://127.0.0.1:4566/bucket/"),
+        ] {
+            let storage = parse(&format!("storage = '{written}'")).unwrap().storage.unwrap();
+            assert_eq!(storage.as_str(), read);
+        }
+    }
+
+    #[test]
+    fn a_key_that_others_can_read_or_change_is_none() {
+        let folder = tempfile::tempdir().unwrap();
+        let private_key = folder.path().join("private.key");
+        let config = Config { private_key: private_key.clone(), ..parse("").unwrap() };
+        assert!(config.check_private_key().unwrap_err().contains("cannot be read"));
+        fs::write(&private_key, "").unwrap();
+        for (mode, is_good) in [
+            (0o600, true),
+            (0o400, true),
+            (0o640, true),
+            (0o644, false),
+            (0o660, false),
+            (0o601, false),
+            (0o604, false),
+        ] {
+            fs::set_permissions(&private_key, fs::Permissions::from_mode(mode)).unwrap();
+            let checked = config.check_private_key();
+            assert_eq!(checked.is_ok(), is_good, "{mode:o}: {checked:?}");
+        }
     }
 
     #[test]
@@ -380,5 +483,6 @@ private_key = "/keys/private.key"
         let config = Config::parse(include_str!("../worker.example.toml"), Path::new("/etc/worker")).unwrap();
         assert_eq!(config.client_id, "tenant1.worker-1");
         assert_eq!(config.known_handlers(), ["add", "report"]);
+        assert!(config.storage.is_some_and(|storage| storage.as_str().ends_with(".amazonaws.com/")));
     }
 }

@@ -3,16 +3,17 @@
 use crate::add::add;
 use crate::config::{ADD, Config};
 use crate::{Failure, Outcome, program};
-use protocol::HandlerName;
-use serde_json::Value;
+use protocol::{HandlerName, JsonText};
+use std::time::Duration;
 
-/// Runs a handler on an input; returns nothing if it was stopped, which it is when `stop` is ready.
+/// Runs a handler on an input; returns nothing if it was stopped, which it is when `stop` is ready: that says how long its
+/// program may take to end before it is killed.
 pub async fn handle(
     config: &Config,
     handler: &HandlerName,
-    input: &Value,
+    input: &JsonText,
     on_progress: impl Fn(u8) + Send + 'static,
-    stop: impl Future<Output = ()>,
+    stop: impl Future<Output = Duration>,
 ) -> Option<Outcome> {
     if let Some(program) = config.handlers.get(handler) {
         return program::run(program, input, on_progress, stop).await;

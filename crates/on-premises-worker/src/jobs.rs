@@ -4,11 +4,10 @@
 //! A job waits for a slot, is claimed, runs for as long as its lease is renewed, and is answered. The lease is counted
 //! from when it was asked for, so it ends here before it ends in the cloud: no two workers run a job at the same time.
 
-use crate::Failure;
-use protocol::WorkerName;
+use crate::{Failure, GRACE};
 use protocol::on_premises::{Lease, Verdict, WorkerMessage, WorkerReply, WorkerResult};
+use protocol::{JsonText, WorkerName};
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
@@ -35,7 +34,7 @@ const REQUESTS: usize = 32;
 #[serde(rename_all = "camelCase")]
 pub(crate) enum Answer {
     /// It fits into a message.
-    Value(Value),
+    Value(JsonText),
     /// It does not: it is uploaded.
     Large {
         /// How large it is.
@@ -110,8 +109,8 @@ pub(crate) enum Action {
     Send { handle: String, message: WorkerMessage },
     /// Run the job.
     Start { handle: String, fence: u64, input_url: Option<String> },
-    /// Stop the run.
-    Stop { handle: String, why: &'static str },
+    /// Stop the run; what has not ended after `grace` is killed.
+    Stop { handle: String, why: &'static str, grace: Duration },
     /// Write the answer down before anything that follows.
     Record { handle: String, stored: Stored },
     /// Say this, and tell when the broker has taken it.
@@ -183,6 +182,15 @@ impl Held {
         // A third of a fresh lease; at once if the lease is old already.
         let left = deadline.saturating_duration_since(now);
         Self { fence, length, deadline, heartbeat_at: now + left.saturating_sub(length * 2 / 3) }
+    }
+
+    /// When a program is told to end that has no newer lease, so that it is gone when this one is over.
+    fn stops_at(&self) -> Option<Instant> {
+        self.deadline.checked_sub(GRACE.min(self.length / 4))
+    }
+
+    fn is_used_up(&self, now: Instant) -> bool {
+        self.stops_at().is_none_or(|at| at <= now)
     }
 }
 
@@ -276,7 +284,7 @@ impl Job {
                     when_online(*again_at)
                 }
             }
-            Phase::Running => self.lease.map(|lease| lease.deadline).into_iter().chain(heartbeat).min(),
+            Phase::Running => self.lease.and_then(|lease| lease.stops_at()).into_iter().chain(heartbeat).min(),
             Phase::Answering { step, .. } => match step {
                 Step::Claiming { again_at } => when_online(*again_at),
                 Step::Asking { again_at, .. } => when_online(*again_at).into_iter().chain(heartbeat).min(),
@@ -351,7 +359,7 @@ impl Jobs {
             Event::Delivered { handle, number } => self.delivered(handle, number, &mut actions),
             Event::Put { handle, number, result } => self.put(&handle, number, result, now, &mut actions),
             Event::Drain => self.drain(now),
-            Event::Abort => self.abort(&mut actions),
+            Event::Abort => self.abort(now, &mut actions),
             Event::Tick => {}
         }
         self.do_what_is_due(now, &mut actions);
@@ -406,7 +414,7 @@ impl Jobs {
             }
             Verdict::Lost => self.lost(&handle, request, now, actions),
             Verdict::Over if request.is_none_or(|request| self.has_asked(&handle, request)) => {
-                self.over(handle, actions);
+                self.over(handle, now, actions);
             }
             // Of an earlier process, or of the job as it was before it came again.
             Verdict::Over => {}
@@ -434,7 +442,7 @@ impl Jobs {
         let Some(deadline) = job.request(request).map(|request| request.sent + length) else { return };
         let lease = Held::new(fence, length, deadline, now);
         let runs_again = |job: &Job| matches!(job.phase, Phase::Waiting { .. } | Phase::Claiming { .. });
-        if deadline <= now {
+        if lease.is_used_up(now) {
             // Too late to be used. The same claim would be as late.
             let is_claim = job.claim_is(request);
             match (&job.phase, &mut job.lease) {
@@ -509,7 +517,7 @@ impl Jobs {
         match &mut job.phase {
             Phase::Running if is_of_our_lease => {
                 job.claim = new_claim;
-                job.stop(handle, After::ClaimAgain, "the cloud says that the lease is lost", actions);
+                job.stop(handle, After::ClaimAgain, "the cloud says that the lease is lost", now, actions);
             }
             Phase::Claiming { .. } if is_of_a_claim => {
                 job.claim = new_claim;
@@ -524,10 +532,10 @@ impl Jobs {
         }
     }
 
-    fn over(&mut self, handle: String, actions: &mut Vec<Action>) {
+    fn over(&mut self, handle: String, now: Instant, actions: &mut Vec<Action>) {
         let Some(job) = self.open.get_mut(&handle) else { return };
         match &mut job.phase {
-            Phase::Running => job.stop(&handle, After::Forget, "the cloud says that the job is over", actions),
+            Phase::Running => job.stop(&handle, After::Forget, "the cloud says that the job is over", now, actions),
             Phase::Stopping(after) => *after = After::Forget,
             Phase::Waiting { .. } | Phase::Claiming { .. } => {
                 self.open.remove(&handle);
@@ -688,11 +696,11 @@ impl Jobs {
         }
     }
 
-    fn abort(&mut self, actions: &mut Vec<Action>) {
+    fn abort(&mut self, now: Instant, actions: &mut Vec<Action>) {
         (self.draining, self.aborted) = (true, true);
         for (handle, job) in &mut self.open {
             match &mut job.phase {
-                Phase::Running => job.stop(handle, After::Release, "the worker ends", actions),
+                Phase::Running => job.stop(handle, After::Release, "the worker ends", now, actions),
                 Phase::Claiming { again_at } => job.phase = Phase::Waiting { until: *again_at },
                 _ => {}
             }
@@ -702,10 +710,10 @@ impl Jobs {
     /// Stops what runs without a lease.
     fn end_leases(&mut self, now: Instant, actions: &mut Vec<Action>) {
         for (handle, job) in &mut self.open {
-            let is_over = job.lease.is_some_and(|lease| lease.deadline <= now);
+            let is_over = job.lease.is_some_and(|lease| lease.is_used_up(now));
             if is_over && matches!(job.phase, Phase::Running) {
                 job.claim = (self.chance.request)();
-                job.stop(handle, After::ClaimAgain, "the lease has run out", actions);
+                job.stop(handle, After::ClaimAgain, "the lease runs out", now, actions);
             }
         }
     }
@@ -836,9 +844,11 @@ impl Job {
         Action::Send { handle: handle.to_owned(), message }
     }
 
-    fn stop(&mut self, handle: &str, after: After, why: &'static str, actions: &mut Vec<Action>) {
+    /// Stops the run. Beyond the lease another worker may run the job, so nothing is left of it by then.
+    fn stop(&mut self, handle: &str, after: After, why: &'static str, now: Instant, actions: &mut Vec<Action>) {
         self.phase = Phase::Stopping(after);
-        actions.push(Action::Stop { handle: handle.to_owned(), why });
+        let left = self.lease.map_or(Duration::ZERO, |lease| lease.deadline.saturating_duration_since(now));
+        actions.push(Action::Stop { handle: handle.to_owned(), why, grace: left.min(GRACE) });
     }
 }
 

@@ -1,6 +1,7 @@
 //! What the worker knows of its jobs, on disk: one file a job, so that a crash loses neither a job nor an answer.
 
 use crate::jobs::{Answer, Stored};
+use atomic_write_file::AtomicWriteFile;
 use protocol::on_premises::JobMessage;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -141,14 +142,11 @@ impl Journal {
         self.folder.join(format!("{}.{extension}", name(handle)))
     }
 
+    /// Writes a file so that after a crash it is the new or the old one, as a whole.
     fn write(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
-        let temporary = path.with_extension("temporary");
-        let mut file = new_file(&temporary)?;
-        file.set_len(0)?;
+        let mut file = AtomicWriteFile::options().mode(0o600).open(path)?;
         file.write_all(bytes)?;
-        file.sync_all()?;
-        fs::rename(&temporary, path)?;
-        File::open(&self.folder)?.sync_all()
+        file.commit()
     }
 }
 
@@ -197,14 +195,16 @@ impl Stored {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use protocol::JsonText;
     use serde_json::json;
+    use std::os::unix::fs::PermissionsExt;
 
     fn job(handle: &str) -> JobMessage {
-        JobMessage { input: json!({"a": 1}), task_token: handle.into(), handler: None, input_bytes: None }
+        JobMessage { input: json!({"a": 1}).into(), task_token: handle.into(), handler: None, input_bytes: None }
     }
 
     fn stored() -> Stored {
-        Stored::new(Answer::Value(json!(57)), 3)
+        Stored::new(Answer::Value(json!(57).into()), 3)
     }
 
     #[test]
@@ -230,6 +230,18 @@ mod tests {
         journal.remove("t.1").unwrap();
         assert_eq!(journal.get("t.1").unwrap(), None);
         assert!(journal.result("t.1").is_err());
+    }
+
+    #[test]
+    fn what_is_kept_stays_as_it_was() {
+        let exact = br#"{"b":117.63331139400017,"a":[123456789012345678901234567890,1.0]}"#;
+        let exact = JsonText::parse(exact).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let journal = Journal::open(folder.path()).unwrap();
+        journal.put(&Entry::new(JobMessage { input: exact.clone(), ..job("t") })).unwrap();
+        journal.record("t", Stored::new(Answer::Value(exact.clone()), 1)).unwrap();
+        let entry = journal.get("t").unwrap().unwrap();
+        assert_eq!((entry.job.input, entry.stored.unwrap().answer), (exact.clone(), Answer::Value(exact)));
     }
 
     #[test]
@@ -266,13 +278,34 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let journal = Journal::open(folder.path()).unwrap();
         journal.put(&Entry::new(job("t"))).unwrap();
-        // Half a new entry was written, and never renamed; what is longer was there before.
-        let temporary = journal.path("t", "temporary");
-        fs::write(&temporary, "x".repeat(10_000)).unwrap();
+        // Half a new entry and half a new result were written, and never took the others' places.
+        journal.put_result("t", b"[1]").unwrap();
+        for extension in ["json", "result"] {
+            let mut file = AtomicWriteFile::open(journal.path("t", extension)).unwrap();
+            file.write_all(b"{").unwrap();
+            // A process that is killed discards nothing.
+            std::mem::forget(file);
+        }
         assert_eq!(journal.entries().unwrap().len(), 1);
+        assert_eq!(journal.result("t").unwrap(), b"[1]");
         journal.record("t", stored()).unwrap();
         assert_eq!(journal.get("t").unwrap().unwrap().stored, Some(stored()));
-        assert!(!temporary.exists());
+        // They go in the end.
+        let later = Duration::ZERO;
+        journal.prune(later, &["t".to_owned()]).unwrap();
+        assert_eq!(journal.files().unwrap().len(), 3, "an entry, a result and the lock");
+    }
+
+    #[test]
+    fn nobody_else_reads_the_journal() {
+        let folder = tempfile::tempdir().unwrap();
+        let folder = folder.path().join("journal");
+        let journal = Journal::open(&folder).unwrap();
+        journal.put(&Entry::new(job("t"))).unwrap();
+        journal.put_result("t", b"[1]").unwrap();
+        for path in journal.files().unwrap().iter().chain([&folder]) {
+            assert_eq!(fs::metadata(path).unwrap().permissions().mode() & 0o077, 0, "{}", path.display());
+        }
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! with programs.
 
 mod add;
+mod clock;
 pub mod config;
 pub mod handlers;
 mod jobs;
@@ -13,10 +14,14 @@ mod stderr;
 mod transfer;
 pub mod worker;
 
-use serde_json::Value;
+use protocol::JsonText;
+use std::time::Duration;
 
 /// What comes of running a job.
-pub type Outcome = Result<Value, Failure>;
+pub type Outcome = Result<JsonText, Failure>;
+
+/// How long a program that is told to end (SIGTERM) may take before it is killed (SIGKILL), if its lease lasts as long.
+pub const GRACE: Duration = Duration::from_secs(5);
 
 /// How a job has failed.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -2,11 +2,13 @@
 
 use crate::config::Program;
 use crate::stderr::{self, Tail};
-use crate::{Failure, Outcome, beginning};
-use rustix::process::{Pid, Signal, kill_process_group};
+use crate::{Failure, GRACE, Outcome, beginning};
+use protocol::JsonText;
+use rustix::process::{Pid, Signal, kill_process_group, test_kill_process_group};
 use serde_json::Value;
 use std::io;
 use std::os::unix::process::ExitStatusExt;
+use std::pin::pin;
 use std::process::{ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -19,7 +21,9 @@ use tracing::Instrument;
 
 /// How long what a program has written may take to arrive once it is gone. Children that have left its process group
 /// could hold the pipes for ever.
-const GRACE: Duration = Duration::from_secs(2);
+const PIPE_GRACE: Duration = Duration::from_secs(2);
+/// How often it is looked whether a program that was told to end has done so.
+const LOOK: Duration = Duration::from_millis(20);
 /// The longest name of an exception that Step Functions takes, in characters
 /// (<https://docs.aws.amazon.com/step-functions/latest/apireference/API_SendTaskFailure.html>).
 const EXCEPTION_BYTES: usize = 256;
@@ -31,15 +35,16 @@ enum Ending {
     Exited(io::Result<ExitStatus>),
     OutputTooLarge,
     TimedOut,
-    Stopped,
+    /// It is to be gone within this time.
+    Stopped(Duration),
 }
 
-/// Runs a program; returns nothing if it was stopped, which it is when `stop` is ready.
+/// Runs a program; returns nothing if it was stopped, which it is when `stop` is ready: that says how long it may take to end.
 pub(crate) async fn run(
     program: &Program,
-    input: &Value,
+    input: &JsonText,
     on_progress: impl Fn(u8) + Send + 'static,
-    stop: impl Future<Output = ()>,
+    stop: impl Future<Output = Duration>,
 ) -> Option<Outcome> {
     let (mut child, group) = match start(program) {
         Ok(started) => started,
@@ -47,21 +52,30 @@ pub(crate) async fn run(
     };
     let mut pipes = Pipes::new(&mut child, input, program.output_limit, on_progress);
     let output = Arc::clone(&pipes.output);
+    let mut stop = pin!(stop);
     let ending = select! {
         biased;
         status = child.wait() => Ending::Exited(status),
         () = output.exceeded.notified() => Ending::OutputTooLarge,
-        () = stop => Ending::Stopped,
+        grace = &mut stop => Ending::Stopped(grace),
         () = time::sleep(program.timeout) => Ending::TimedOut,
     };
-    // What the program has started ends with it.
+    match ending {
+        Ending::Exited(_) => {}
+        Ending::Stopped(grace) => group.end(&mut child, grace).await,
+        Ending::OutputTooLarge | Ending::TimedOut => select! {
+            () = group.end(&mut child, GRACE) => {}
+            grace = &mut stop => group.end(&mut child, grace).await,
+        },
+    }
+    // What the program has started ends with it, and what has not heeded SIGTERM.
     drop(group);
     let _ = child.wait().await;
     pipes.finish().await;
     let stderr = pipes.tail.text();
     let failed = |exception: &str, cause: String| Some(Err(Failure::new(exception, with_stderr(cause, &stderr))));
     match ending {
-        Ending::Stopped => None,
+        Ending::Stopped(_) => None,
         Ending::TimedOut => {
             let limit = humantime::format_duration(program.timeout);
             failed("ProgramTimedOut", format!("the program ran longer than {limit}"))
@@ -77,6 +91,23 @@ pub(crate) async fn run(
 
 /// A process and those that it has started. Dropping this kills them.
 struct Group(Option<Pid>);
+
+impl Group {
+    /// Tells all of them to end (SIGTERM), and waits for that, but not longer than `grace`.
+    async fn end(&self, child: &mut Child, grace: Duration) {
+        let Some(group) = self.0 else { return };
+        // An error means that all of them are gone.
+        let _ = kill_process_group(group, Signal::TERM);
+        let gone = async {
+            let _ = child.wait().await;
+            while test_kill_process_group(group).is_ok() {
+                time::sleep(LOOK).await;
+            }
+        };
+        // Who is still there is killed.
+        let _ = time::timeout(grace, gone).await;
+    }
+}
 
 impl Drop for Group {
     fn drop(&mut self) {
@@ -144,7 +175,7 @@ struct Pipes {
 }
 
 impl Pipes {
-    fn new(child: &mut Child, input: &Value, limit: usize, on_progress: impl Fn(u8) + Send + 'static) -> Self {
+    fn new(child: &mut Child, input: &JsonText, limit: usize, on_progress: impl Fn(u8) + Send + 'static) -> Self {
         let output = Arc::new(Output { limit, bytes: Mutex::default(), exceeded: Notify::new() });
         let (tail, input) = (Tail::default(), input.to_string());
         let stdin = tokio::spawn(write(child.stdin.take(), input.into_bytes()));
@@ -158,7 +189,7 @@ impl Pipes {
         self.stdin.abort();
         let both = async { (&mut self.stdout).await.and((&mut self.stderr).await) };
         // What came so far is what there is.
-        let _ = time::timeout(GRACE, both).await;
+        let _ = time::timeout(PIPE_GRACE, both).await;
     }
 }
 
@@ -190,20 +221,23 @@ async fn read_stderr(stderr: Option<ChildStderr>, tail: Tail, on_progress: impl 
 }
 
 fn outcome(status: ExitStatus, stdout: &[u8], stderr: &str) -> Outcome {
-    let output = serde_json::from_slice::<Value>(stdout);
     if status.success() {
-        return output.map_err(|error| {
-            let cause = format!("the program wrote no JSON to stdout: {error}");
-            Failure::new("InvalidOutput", with_stderr(cause, stderr))
-        });
+        return result(stdout).map_err(|why| Failure::new("InvalidOutput", with_stderr(why, stderr)));
     }
     let how = match (status.code(), status.signal()) {
         (Some(code), _) => format!("exit code {code}"),
         (None, Some(signal)) => format!("killed by signal {signal}"),
         (None, None) => status.to_string(),
     };
-    let named = output.ok().and_then(|output| named_failure(&output));
+    let named = serde_json::from_slice(stdout).ok().and_then(|output| named_failure(&output));
     Err(named.unwrap_or_else(|| Failure::new("ProgramFailed", with_stderr(how, stderr))))
+}
+
+/// What a program has written, as it stands there. The cloud reads nothing that is nested deeper.
+fn result(stdout: &[u8]) -> Result<JsonText, String> {
+    let stdout = protocol::trimmed(stdout);
+    protocol::check_depth(stdout).map_err(|error| format!("the program's output: {error}"))?;
+    JsonText::parse(stdout).map_err(|error| format!("the program wrote no JSON to stdout: {error}"))
 }
 
 /// The failure that a program has named itself.
@@ -241,7 +275,7 @@ mod tests {
     }
 
     async fn outcome_of(program: &Program) -> Outcome {
-        run(program, &json!({"a": 1}), |_| {}, pending()).await.expect("an outcome")
+        run(program, &json!({"a": 1}).into(), |_| {}, pending()).await.expect("an outcome")
     }
 
     async fn failure_of(program: &Program) -> (String, String) {
@@ -265,17 +299,68 @@ mod tests {
 
     #[tokio::test]
     async fn the_result_is_what_the_program_writes() {
-        assert_eq!(outcome_of(&sh("cat")).await, Ok(json!({"a": 1})));
-        let large = json!("x".repeat(1 << 20));
+        assert_eq!(outcome_of(&sh("cat")).await, Ok(json!({"a": 1}).into()));
+        let large: JsonText = json!("x".repeat(1 << 20)).into();
         let program = Program { output_limit: 2 << 20, ..sh("cat") };
         assert_eq!(run(&program, &large, |_| {}, pending()).await, Some(Ok(large)));
     }
 
     #[tokio::test]
+    async fn numbers_come_back_as_they_went() {
+        for exact in [
+            r#"{"a":117.63331139400017,"b":0}"#,
+            r#"{"z":[123456789012345678901234567890,-9223372036854775809],"a":1.0}"#,
+            r#"{"b":1E400,"a":0.10,"c":-0}"#,
+        ] {
+            let input = JsonText::parse(exact.as_bytes()).unwrap();
+            let output = run(&sh("cat"), &input, |_| {}, pending()).await.unwrap().unwrap();
+            assert_eq!(output.get(), exact);
+        }
+    }
+
+    /// A shell that waits for its child, which cleans up before it goes.
+    const TIDY: &str =
+        "sh -c 'trap \"echo tidy > {0}; exit 0\" TERM; echo > {0}.begun; while :; do sleep 0.01; done' & wait";
+
+    #[tokio::test]
+    async fn a_program_may_clean_up_before_it_is_killed() {
+        for is_stopped in [true, false] {
+            let folder = tempfile::tempdir().unwrap();
+            let (tidy, begun) = (folder.path().join("tidy"), folder.path().join("tidy.begun"));
+            let script = TIDY.replace("{0}", &tidy.display().to_string());
+            let timeout = if is_stopped { Duration::from_secs(30) } else { Duration::from_millis(500) };
+            let stop = async {
+                until(|| begun.exists()).await;
+                if is_stopped { GRACE } else { pending().await }
+            };
+            let outcome = run(&Program { timeout, ..sh(&script) }, &JsonText::null(), |_| {}, stop).await;
+            assert_eq!(outcome.is_none(), is_stopped, "{outcome:?}");
+            assert_eq!(std::fs::read_to_string(tidy).unwrap(), "tidy\n");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_program_that_does_not_heed_is_killed() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("child");
+        let script =
+            format!("trap '' TERM; echo $$ > {0}.new; mv {0}.new {0}; while :; do sleep 0.01; done", file.display());
+        for grace in [Duration::from_millis(50), Duration::ZERO] {
+            let _ = std::fs::remove_file(&file);
+            let stop = async {
+                until(|| file.exists()).await;
+                grace
+            };
+            assert_eq!(run(&sh(&script), &JsonText::null(), |_| {}, stop).await, None);
+            assert!(!is_alive(&std::fs::read_to_string(&file).unwrap()));
+        }
+    }
+
+    #[tokio::test]
     async fn a_program_need_not_read_its_input() {
-        let large = json!("x".repeat(1 << 20));
+        let large = json!("x".repeat(1 << 20)).into();
         for script in ["exec <&-; echo 1", "echo 1"] {
-            assert_eq!(run(&sh(script), &large, |_| {}, pending()).await, Some(Ok(json!(1))), "{script}");
+            assert_eq!(run(&sh(script), &large, |_| {}, pending()).await, Some(Ok(json!(1).into())), "{script}");
         }
     }
 
@@ -295,11 +380,14 @@ mod tests {
 
     #[tokio::test]
     async fn what_is_no_json_is_no_result() {
-        for script in ["echo hello", "true", "echo 1 2"] {
+        for script in ["echo hello", "true", "echo 1 2", "echo NaN"] {
             let (exception, cause) = failure_of(&sh(script)).await;
             assert_eq!(exception, "InvalidOutput", "{script}");
             assert!(cause.starts_with("the program wrote no JSON to stdout"), "{cause}");
         }
+        let deep = format!("echo '{}{}'", "[".repeat(65), "]".repeat(65));
+        let (exception, cause) = failure_of(&sh(&deep)).await;
+        assert!(exception == "InvalidOutput" && cause.contains("nested deeper"), "{cause}");
     }
 
     #[tokio::test]
@@ -319,8 +407,11 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("child");
         let script = format!("sleep 1000 & echo $! > {0}.new; mv {0}.new {0}; wait", file.display());
-        let stop = until(|| file.exists());
-        assert_eq!(run(&sh(&script), &Value::Null, |_| {}, stop).await, None);
+        let stop = async {
+            until(|| file.exists()).await;
+            GRACE
+        };
+        assert_eq!(run(&sh(&script), &JsonText::null(), |_| {}, stop).await, None);
         let child = std::fs::read_to_string(&file).unwrap();
         until(|| !is_alive(&child)).await;
     }
@@ -340,7 +431,7 @@ mod tests {
     #[tokio::test]
     async fn children_that_stay_do_not_hold_the_job() {
         // One in the program's group, one that has left it.
-        assert_eq!(outcome_of(&sh("sleep 1000 & echo 1")).await, Ok(json!(1)));
+        assert_eq!(outcome_of(&sh("sleep 1000 & echo 1")).await, Ok(json!(1).into()));
         let begin = Instant::now();
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("child");
@@ -349,7 +440,7 @@ mod tests {
              while ! [ -e {0} ]; do sleep 0.01; done; echo 2",
             file.display()
         );
-        assert_eq!(outcome_of(&sh(&script)).await, Ok(json!(2)));
+        assert_eq!(outcome_of(&sh(&script)).await, Ok(json!(2).into()));
         assert!(begin.elapsed() < Duration::from_secs(20));
         let child: i32 = std::fs::read_to_string(&file).unwrap().trim().parse().unwrap();
         rustix::process::kill_process(Pid::from_raw(child).unwrap(), Signal::KILL).unwrap();
@@ -366,7 +457,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_flood_of_stderr_is_bounded() {
-        assert_eq!(outcome_of(&sh("yes | head -c 5000000 >&2; echo 1")).await, Ok(json!(1)));
+        assert_eq!(outcome_of(&sh("yes | head -c 5000000 >&2; echo 1")).await, Ok(json!(1).into()));
         let (_, cause) = failure_of(&sh("yes | tr -d '\\n' | head -c 5000000 >&2; exit 1")).await;
         assert!(cause.starts_with("exit code 1: yyy") && cause.len() < 5000, "{}", cause.len());
     }
@@ -386,7 +477,7 @@ mod tests {
         let seen = Arc::clone(&percents);
         let on_progress = move |percent| seen.lock().unwrap().push(percent);
         let script = "echo progress: 10 >&2; echo progress: 90 >&2; echo 1";
-        assert_eq!(run(&sh(script), &Value::Null, on_progress, pending()).await, Some(Ok(json!(1))));
+        assert_eq!(run(&sh(script), &JsonText::null(), on_progress, pending()).await, Some(Ok(json!(1).into())));
         assert_eq!(*percents.lock().unwrap(), [10, 90]);
     }
 
@@ -394,7 +485,7 @@ mod tests {
     async fn it_runs_in_its_folder_and_is_found_through_path() {
         let folder = tempfile::tempdir().unwrap();
         let program = Program { program: "sh".into(), folder: folder.path().to_owned(), ..sh("touch here; echo 1") };
-        assert_eq!(outcome_of(&program).await, Ok(json!(1)));
+        assert_eq!(outcome_of(&program).await, Ok(json!(1).into()));
         assert!(folder.path().join("here").exists());
     }
 

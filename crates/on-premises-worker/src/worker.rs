@@ -1,25 +1,26 @@
 //! The worker at work: what the module `jobs` decides, done over MQTT, on disk and with programs.
 
+use crate::clock::Clock;
 use crate::config::Config;
 use crate::jobs::{Action, Answer, Chance, Event, Jobs, Stored, message};
 use crate::journal::{Entry, Journal};
 use crate::transfer::Transfers;
-use crate::{Failure, Outcome, beginning, handlers};
+use crate::{Failure, GRACE, Outcome, beginning, handlers};
 use mqtt_connection::{Connection, ConnectionSettings, Delivery, Trust};
 use protocol::on_premises::{JobMessage, Lease, Verdict, WorkerMessage, WorkerReply, jobs_topic, replies_topic};
-use protocol::{HandlerName, MAX_PAYLOAD_BYTES, Publication};
+use protocol::{HandlerName, JsonText, MAX_PAYLOAD_BYTES, Publication};
 use rand::RngExt;
 use rustls::ClientConfig;
-use serde_json::Value;
 use std::collections::{BTreeMap, HashMap};
 use std::future::pending;
 use std::io;
 use std::pin::pin;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio::task::{JoinSet, spawn_blocking};
+use tokio::time::MissedTickBehavior;
 use tokio::{select, time};
 use tracing::Instrument;
 
@@ -27,6 +28,8 @@ use tracing::Instrument;
 const SPARE_BYTES: usize = 1024;
 /// How often old entries are looked for.
 const PRUNING: Duration = Duration::from_hours(24);
+/// How often it is looked whether the machine was suspended.
+const WATCH: Duration = Duration::from_secs(1);
 /// How long a job waits for a disk that takes nothing.
 const DISK_RETRY: Duration = Duration::from_secs(10);
 /// How long the last messages may take.
@@ -39,8 +42,9 @@ const SHOWN_CHARACTERS: usize = 12;
 #[error("{0}")]
 pub struct RunError(String);
 
-/// The worker's TLS settings. Fails if a certificate or the key cannot be used.
+/// The worker's TLS settings. Fails if a certificate or the key cannot be used, or if everybody can read the key.
 pub fn tls(config: &Config) -> Result<Arc<ClientConfig>, RunError> {
+    config.check_private_key().map_err(RunError)?;
     mqtt_connection::install_crypto_provider();
     let trust = Trust::new(config.ca.as_deref()).map_err(RunError)?;
     let settings = trust.of_client(&config.certificate, &config.private_key, config.endpoint.port);
@@ -50,8 +54,16 @@ pub fn tls(config: &Config) -> Result<Arc<ClientConfig>, RunError> {
 /// Runs jobs until SIGTERM or SIGINT, and then those that run already to their end.
 pub async fn run(config: Config) -> Result<(), RunError> {
     let tls = tls(&config)?;
-    let transfers = Transfers::new(config.ca.as_deref()).map_err(RunError)?;
+    let transfers = Transfers::new(config.ca.as_deref(), config.storage.clone()).map_err(RunError)?;
     let journal = Journal::open(&config.journal).map_err(|error| RunError(error.to_string()))?;
+    config
+        .make_working_folder()
+        .map_err(|error| RunError(format!("no working folder in {}: {error}", config.journal.display())))?;
+    if config.storage.is_none() {
+        tracing::warn!(
+            "no `storage` is configured: inputs and results that are too large for a message fail their jobs"
+        );
+    }
     for (handler, program) in &config.handlers {
         if let Err(why) = program.locate() {
             tracing::warn!(%handler, "jobs of this handler will fail: {why}");
@@ -108,8 +120,8 @@ enum Happening {
 
 /// A job that runs.
 struct Run {
-    /// Dropping it stops the run.
-    stop: Option<oneshot::Sender<()>>,
+    /// Stops the run, within the time that is sent.
+    stop: Option<oneshot::Sender<Duration>>,
     handler: HandlerName,
     fence: u64,
     began: Instant,
@@ -117,6 +129,9 @@ struct Run {
 
 struct Worker {
     config: Arc<Config>,
+    clock: Clock,
+    /// The wall clock.
+    wall: Box<dyn Fn() -> SystemTime + Send + Sync>,
     jobs: Jobs,
     journal: Arc<Journal>,
     transfers: Transfers,
@@ -137,6 +152,8 @@ impl Worker {
         let (happenings, inbox_of_tasks) = mpsc::unbounded_channel();
         Self {
             jobs: Jobs::new(config.worker.clone(), config.concurrency, chance()),
+            clock: Clock::new(now(), SystemTime::now()),
+            wall: Box::new(SystemTime::now),
             config: Arc::new(config),
             journal: Arc::new(journal),
             transfers,
@@ -155,6 +172,8 @@ impl Worker {
         let mut online = self.connection.online();
         let mut pruning = time::interval(PRUNING);
         let mut disk = time::interval(DISK_RETRY);
+        let mut watch = time::interval(WATCH);
+        watch.set_missed_tick_behavior(MissedTickBehavior::Delay);
         // Before the first job comes, so that one that is known is not taken for new.
         self.resume(&mut pruning).await;
         while !self.jobs.is_drained() {
@@ -162,7 +181,9 @@ impl Worker {
                 Some(delivery) = inbox.recv() => self.take(delivery).await,
                 Some(happening) = self.inbox_of_tasks.recv() => self.happened(happening).await,
                 Ok(()) = online.changed() => self.connection_changed(&mut online).await,
-                () = at(self.jobs.wakes_at()) => self.on(Event::Tick).await,
+                () = at(self.jobs.wakes_at().map(|time| self.clock.timer(time))) => self.on(Event::Tick).await,
+                // Timers stand still while the machine is suspended: a lease may be over before one of them fires.
+                _ = watch.tick() => self.on(Event::Tick).await,
                 () = at(self.drain_deadline) => self.abort("the drain timeout is over").await,
                 Some(()) = signals.recv() => self.told_to_end().await,
                 _ = pruning.tick() => self.prune().await,
@@ -341,7 +362,7 @@ impl Worker {
             Ok(value) => value,
             Err(failure) => return failure.into(),
         };
-        let bytes = value.to_string().into_bytes();
+        let bytes = value.get().as_bytes().to_owned();
         let answer = Answer::Value(value);
         let lease = Lease { worker: self.config.worker.clone(), fence: u64::MAX };
         let encoded = message(&answer, lease).encode(&self.config.tenant, handle);
@@ -358,7 +379,8 @@ impl Worker {
     }
 
     async fn on(&mut self, event: Event) {
-        for action in self.jobs.handle(event, now()) {
+        let now = self.clock.now(now(), (self.wall)());
+        for action in self.jobs.handle(event, now) {
             self.act(action).await;
         }
         while self.messages.try_join_next().is_some() {}
@@ -369,10 +391,11 @@ impl Worker {
             Action::Send { handle, message } => self.send(&handle, &message),
             Action::Deliver { handle, number, message } => self.deliver(handle, number, &message),
             Action::Start { handle, fence, input_url } => self.start(handle, fence, input_url).await,
-            Action::Stop { handle, why } => {
+            Action::Stop { handle, why, grace } => {
                 if let Some(run) = self.runs.get_mut(&handle) {
-                    tracing::warn!(job = shown(&handle), handler = %run.handler, fence = run.fence, "stopped: {why}");
-                    run.stop = None;
+                    tracing::warn!(job = shown(&handle), handler = %run.handler, fence = run.fence, ?grace, "stopped: {why}");
+                    // Nobody receives when the run is over.
+                    let _ = run.stop.take().map(|stop| stop.send(grace));
                 }
             }
             Action::Record { handle, stored } => {
@@ -488,14 +511,12 @@ struct Task {
 }
 
 impl Task {
-    async fn run(self, stopped: oneshot::Receiver<()>) -> Option<Outcome> {
-        let mut stop = pin!(async {
-            // Nothing is ever sent: the other end is dropped.
-            let _ = stopped.await;
-        });
+    async fn run(self, stopped: oneshot::Receiver<Duration>) -> Option<Outcome> {
+        // The other end is dropped when the worker has gone.
+        let mut stop = pin!(async { stopped.await.unwrap_or(GRACE) });
         let input = select! {
             input = self.input() => input,
-            () = &mut stop => return None,
+            _ = &mut stop => return None,
         };
         let input = match input {
             Ok(input) => input,
@@ -509,7 +530,7 @@ impl Task {
         handlers::handle(&self.config, &self.handler, &input, on_progress, stop).await
     }
 
-    async fn input(&self) -> Result<Value, String> {
+    async fn input(&self) -> Result<JsonText, String> {
         match (self.job.input_bytes, &self.input_url) {
             (Some(bytes), Some(url)) if self.job.input.is_null() => self.transfers.get(url, bytes).await,
             (Some(_), None) if self.job.input.is_null() => {

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
@@ -33,6 +34,9 @@ fn stderr(output: &Output) -> String {
 fn stdout(output: &Output) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
+
+/// A program that is a line of shell, and runs `cat` unless it is told otherwise.
+const CAT: &str = "[handlers.cat]\nprogram = 'cat'";
 
 /// A configuration with these lines too.
 fn config(folder: &Path, more: &str) -> String {
@@ -74,7 +78,7 @@ fn missing_certificates_and_programs_are_named() {
     assert!(stdout(&check).contains("handler add: built in"), "{}", stdout(&check));
     let start = run(&["run", "--config", &file]);
     assert_eq!(start.status.code(), Some(3));
-    assert!(stderr(&start).contains("certificate.pem"), "{}", stderr(&start));
+    assert!(stderr(&start).contains("private.key cannot be read"), "{}", stderr(&start));
 }
 
 #[test]
@@ -87,7 +91,6 @@ fn a_handler_can_be_tried() {
     assert_eq!((output.status.code(), stdout(&output).trim()), (Some(0), "57"), "{}", stderr(&output));
     let output = job("add", r#"{"a": 15}"#);
     assert_eq!(output.status.code(), Some(1));
-    // The order of the fields depends on the libraries that are built with it.
     let answer = |output: &Output| serde_json::from_str::<serde_json::Value>(&stdout(output)).expect("JSON");
     assert_eq!(answer(&output), serde_json::json!({"exception": "KeyError", "cause": "'b'"}));
     let output = job("fail", "1");
@@ -97,6 +100,72 @@ fn a_handler_can_be_tried() {
     assert_eq!(output.status.code(), Some(2));
     assert!(stderr(&output).contains("other is no handler: expected one of add, fail"), "{}", stderr(&output));
     assert_eq!(job("add", "nothing").status.code(), Some(2));
+}
+
+#[test]
+fn numbers_come_back_as_they_went() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = config(folder.path(), CAT);
+    let job = |handler: &str, input: &str| {
+        let output = run_with_input(&["job", "--config", &file, handler], input);
+        assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+        stdout(&output).trim().to_owned()
+    };
+    for (input, sum) in [
+        // A public case: serde-rs/json #1336.
+        (include_str!("../../../tests/fixtures/cases/worker-float-input.json").trim(), "117.63331139400017"),
+        (r#"{"b":1,"a":123456789012345678901234567890}"#, "123456789012345678901234567891"),
+        (r#"{"z":[1.0,1E400,0.10],"b":-9223372036854775808,"a":-1}"#, "-9223372036854775809"),
+    ] {
+        assert_eq!(job("cat", input), input);
+        assert_eq!(job("add", input), sum);
+    }
+}
+
+#[test]
+fn a_key_that_everybody_can_read_is_none() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = config(folder.path(), "");
+    let key = folder.path().join("private.key");
+    fs::write(&key, "").unwrap();
+    fs::set_permissions(&key, fs::Permissions::from_mode(0o644)).unwrap();
+    for (command, status) in [("check", 2), ("run", 3)] {
+        let output = run(&[command, "--config", &file]);
+        assert_eq!(output.status.code(), Some(status), "{}", stderr(&output));
+        assert!(stderr(&output).contains("private.key has mode 0644"), "{}", stderr(&output));
+    }
+    fs::set_permissions(&key, fs::Permissions::from_mode(0o600)).unwrap();
+    let output = run(&["check", "--config", &file]);
+    assert!(stderr(&output).contains("certificate.pem"), "the next thing that is missing: {}", stderr(&output));
+}
+
+#[test]
+fn programs_do_not_run_beside_the_keys() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = config(
+        folder.path(),
+        "[handlers.here]\nprogram = 'sh'\narguments = ['-c', 'printf \\\"; pwd | tr -d \"\\n\"; printf \\\"']",
+    );
+    let output = run_with_input(&["job", "--config", &file, "here"], "1");
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    assert_eq!(stdout(&output).trim(), format!("\"{}\"", folder.path().join("journal/work").display()));
+    let file = config(folder.path(), "[handlers.here]\nprogram = 'sh'\nfolder = '.'");
+    let output = run(&["check", "--config", &file]);
+    assert!(
+        output.status.code() == Some(2) && stderr(&output).contains("holds the private key"),
+        "{}",
+        stderr(&output)
+    );
+}
+
+/// The limits are of the service with all of its programs, and what uses too much ends alone.
+#[test]
+fn the_service_is_limited() {
+    let unit = include_str!("../on-premises-worker.service");
+    for line in ["MemoryMax=", "TasksMax=", "OOMPolicy=continue", "KillSignal=SIGTERM", "KillMode=mixed", "UMask=0077"]
+    {
+        assert!(unit.lines().any(|found| found.starts_with(line)), "{line}");
+    }
 }
 
 #[test]

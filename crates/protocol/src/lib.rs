@@ -10,6 +10,7 @@ pub mod fields;
 mod ids;
 pub mod job;
 mod json;
+mod json_text;
 mod limits;
 pub mod on_premises;
 mod operation;
@@ -28,6 +29,7 @@ pub use ids::{
     Building, HandlerName, InvalidId, JobId, OperationId, ReadingId, SensorId, SettingName, Tenant, ThingName,
     WorkerName,
 };
+pub use json_text::{JsonText, json_object};
 pub use limits::{MAX_JSON_DEPTH, MAX_PAYLOAD_BYTES, check_depth, check_object, trimmed};
 pub use operation::{Command, DeviceEvent, DeviceFailure, Firmware, Report, Response, Step, StepOutcome};
 pub use presence::{Presence, PresenceEvent, PresenceKind};

@@ -4,13 +4,18 @@
 //! claim a job before they run it, so that of several only one does, and hold that claim (the lease) while they run it;
 //! the cloud answers them on a topic of their own, `{tenant}/to/worker/{worker}`, which plain workers do not listen to.
 
-use crate::{DecodeError, HandlerName, Publication, Tenant, WorkerName, limits, redacted};
+use crate::{DecodeError, HandlerName, JsonText, Publication, Tenant, WorkerName, limits, redacted};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 use std::collections::BTreeMap;
 
 /// The longest `TaskToken` that is read, in bytes.
 const MAX_HANDLE_BYTES: usize = 512;
+/// The exception of a job whose answer cannot be read.
+const INVALID_ANSWER: &str = "InvalidAnswer";
+/// Where an exception that is an object may have its name.
+const NAMES_OF_EXCEPTIONS: [&str; 4] = ["name", "type", "errorType", "exception"];
 
 /// The topic on which all workers of a tenant take jobs.
 pub fn jobs_topic(tenant: &Tenant) -> String {
@@ -37,7 +42,7 @@ pub fn tenant_of_answer(topic: &str) -> Option<Tenant> {
 #[serde(rename_all = "PascalCase")]
 pub struct JobMessage {
     /// What the job works on; null if it is too large for a message. Whoever claims the job is told where it is.
-    pub input: Value,
+    pub input: JsonText,
     /// The job's handle: opaque to the worker, which echoes it.
     #[serde(deserialize_with = "handle")]
     pub task_token: String,
@@ -120,7 +125,7 @@ pub enum WorkerMessage {
 #[derive(Debug, Clone, PartialEq)]
 pub enum WorkerResult {
     /// In the message.
-    Value(Value),
+    Value(JsonText),
     /// Uploaded.
     Object {
         /// How large.
@@ -128,34 +133,35 @@ pub enum WorkerResult {
     },
 }
 
-/// A worker's message as it is on the wire: one flat object.
+/// A worker's message as it is on the wire: one flat object. Plain workers may have fields of their own, under names that mean
+/// something here: so each field is read only if it is needed.
 #[derive(Default, Serialize, Deserialize)]
 struct Wire {
     #[serde(rename = "TaskToken")]
     task_token: Option<String>,
     /// Absent, or there: a result may well be null.
     #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "present")]
-    result: Option<Value>,
+    result: Option<JsonText>,
     #[serde(default, rename = "resultBytes", skip_serializing_if = "Option::is_none")]
-    result_bytes: Option<u64>,
+    result_bytes: Option<JsonText>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    exception: Option<String>,
+    exception: Option<JsonText>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    cause: Option<String>,
+    cause: Option<JsonText>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    heartbeat: Option<bool>,
+    heartbeat: Option<JsonText>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    progress: Option<f64>,
+    progress: Option<JsonText>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    action: Option<Action>,
+    action: Option<JsonText>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    bytes: Option<u64>,
+    bytes: Option<JsonText>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    worker: Option<WorkerName>,
+    worker: Option<JsonText>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    request: Option<String>,
+    request: Option<JsonText>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    fence: Option<u64>,
+    fence: Option<JsonText>,
 }
 
 #[derive(Clone, Copy, Serialize, Deserialize)]
@@ -166,6 +172,22 @@ enum Action {
     Upload,
 }
 
+/// A field of a message that is sent.
+fn sent(value: impl Serialize) -> Option<JsonText> {
+    JsonText::of(&value).ok()
+}
+
+/// A field of a message that came; none if it is missing or is none of ours.
+fn read<T: DeserializeOwned>(field: Option<&JsonText>) -> Option<T> {
+    serde_json::from_str(field?.get()).ok()
+}
+
+/// The same for a field that must be there.
+fn required<T: DeserializeOwned>(name: &str, field: Option<&JsonText>) -> Result<T, DecodeError> {
+    let field = field.ok_or_else(|| DecodeError::malformed(name, "it is missing"))?;
+    serde_json::from_str(field.get()).map_err(|error| DecodeError::malformed(name, error))
+}
+
 impl WorkerMessage {
     /// The message about the job with that handle.
     pub fn encode(&self, tenant: &Tenant, handle: &str) -> Publication {
@@ -174,96 +196,159 @@ impl WorkerMessage {
     }
 
     fn wire(&self) -> Wire {
-        let of_lease = |lease: &Lease| (Some(lease.worker.clone()), Some(lease.fence));
-        match self.clone() {
+        match self {
             Self::Claim { worker, request } => {
-                Wire { action: Some(Action::Claim), worker: Some(worker), request: Some(request), ..Wire::default() }
+                Wire { action: sent(Action::Claim), worker: sent(worker), request: sent(request), ..Wire::default() }
             }
             Self::Heartbeat { progress, lease } => {
-                let (worker, fence) = lease.as_ref().map(|(lease, _)| of_lease(lease)).unwrap_or_default();
-                let request = lease.map(|(_, request)| request);
-                let progress = progress.map(f64::from);
-                Wire { heartbeat: Some(true), progress, worker, fence, request, ..Wire::default() }
+                let (lease, request) = lease.as_ref().map(|(lease, request)| (lease, request)).unzip();
+                // Those who read it expect a number, however it is written.
+                let progress = progress.map(f64::from).and_then(sent);
+                Wire { heartbeat: sent(true), progress, request: request.and_then(sent), ..Wire::under(lease) }
             }
-            Self::Release(lease) => {
-                let (worker, fence) = of_lease(&lease);
-                Wire { action: Some(Action::Release), worker, fence, ..Wire::default() }
-            }
+            Self::Release(lease) => Wire { action: sent(Action::Release), ..Wire::under(Some(lease)) },
             Self::Upload { lease, request, bytes } => {
-                let (worker, fence) = of_lease(&lease);
-                let (request, bytes) = (Some(request), Some(bytes));
-                Wire { action: Some(Action::Upload), worker, fence, request, bytes, ..Wire::default() }
+                let (request, bytes) = (sent(request), sent(bytes));
+                Wire { action: sent(Action::Upload), request, bytes, ..Wire::under(Some(lease)) }
             }
             Self::Succeeded { result, lease } => {
-                let (worker, fence) = lease.as_ref().map(of_lease).unwrap_or_default();
                 let (result, result_bytes) = match result {
-                    WorkerResult::Value(result) => (result, None),
-                    WorkerResult::Object { bytes } => (Value::Null, Some(bytes)),
+                    WorkerResult::Value(result) => (result.clone(), None),
+                    WorkerResult::Object { bytes } => (JsonText::null(), sent(bytes)),
                 };
-                Wire { result: Some(result), result_bytes, worker, fence, ..Wire::default() }
+                Wire { result: Some(result), result_bytes, ..Wire::under(lease.as_ref()) }
             }
             Self::Failed { exception, cause, lease } => {
-                let (worker, fence) = lease.as_ref().map(of_lease).unwrap_or_default();
-                let (result, exception) = (Some(Value::Null), Some(exception));
-                Wire { result, exception, cause, worker, fence, ..Wire::default() }
+                let (exception, cause) = (sent(exception), cause.as_ref().and_then(sent));
+                Wire { result: Some(JsonText::null()), exception, cause, ..Wire::under(lease.as_ref()) }
             }
         }
     }
 
-    /// Reads what a worker said: the job's handle and the message. Fails with a sentence if it cannot be read.
+    /// Reads what a worker said: the job's handle and the message. An answer that is no JSON, or too deep, is a failure of its
+    /// job if the job's handle can be found in it. Fails with a sentence if nothing can be read.
     pub fn decode(payload: &[u8]) -> Result<(String, Self), DecodeError> {
-        let wire: Wire = limits::json("answer", payload)?;
+        let wire: Wire = match limits::json("answer", payload) {
+            Ok(wire) => wire,
+            Err(error) => return failure_of(payload, &error).ok_or(error),
+        };
         let Some(handle) = wire.task_token.clone() else {
-            // A plain worker says so of a message that it could not read itself.
-            let why = wire.exception.as_deref().unwrap_or("no exception");
+            let why = exception_of(&wire).map_or_else(|| "no exception".to_owned(), |(exception, _)| exception);
             return Err(DecodeError::malformed("TaskToken", format!("it is null, so no job is known ({why})")));
         };
         if handle.is_empty() || handle.len() > MAX_HANDLE_BYTES {
             return Err(DecodeError::malformed("TaskToken", format!("expected 1 to {MAX_HANDLE_BYTES} bytes")));
         }
-        Ok((handle, Self::of(wire)?))
+        Ok((handle, wire.message()?))
+    }
+}
+
+impl Wire {
+    /// A message under a lease; plain workers have none.
+    fn under(lease: Option<&Lease>) -> Self {
+        let (worker, fence) = lease.map(|lease| (&lease.worker, lease.fence)).unzip();
+        Self { worker: worker.and_then(sent), fence: fence.and_then(sent), ..Self::default() }
     }
 
-    fn of(wire: Wire) -> Result<Self, DecodeError> {
-        let Wire { result, result_bytes, exception, cause, heartbeat, action, bytes, fence, .. } = wire;
-        let worker = || wire.worker.clone().ok_or_else(|| missing("worker"));
-        let request = || wire.request.clone().ok_or_else(|| missing("request"));
-        let lease = || Ok(Lease { worker: worker()?, fence: fence.ok_or_else(|| missing("fence"))? });
-        // Plain workers have none.
-        let any_lease = || fence.map(|_| lease()).transpose();
-        match (action, exception, result, heartbeat) {
-            (Some(Action::Claim), ..) => Ok(Self::Claim { worker: worker()?, request: request()? }),
-            (Some(Action::Release), ..) => lease().map(Self::Release),
-            (Some(Action::Upload), ..) => {
-                Ok(Self::Upload { lease: lease()?, request: request()?, bytes: bytes.ok_or_else(|| missing("bytes"))? })
+    fn message(self) -> Result<WorkerMessage, DecodeError> {
+        let request = || required("request", self.request.as_ref());
+        let lease = || {
+            let worker = required("worker", self.worker.as_ref())?;
+            Ok(Lease { worker, fence: required("fence", self.fence.as_ref())? })
+        };
+        // Plain workers have none, whatever their own fields say.
+        let any_lease: Option<Lease> = lease().ok();
+        match read(self.action.as_ref()) {
+            Some(Action::Claim) => {
+                let worker = required("worker", self.worker.as_ref())?;
+                return Ok(WorkerMessage::Claim { worker, request: request()? });
             }
-            (None, Some(exception), ..) => {
-                let (exception, cause) = (redacted(&exception), cause.as_deref().map(redacted));
-                Ok(Self::Failed { exception, cause, lease: any_lease()? })
+            Some(Action::Release) => return lease().map(WorkerMessage::Release),
+            Some(Action::Upload) => {
+                let (lease, request) = (lease()?, request()?);
+                return Ok(WorkerMessage::Upload { lease, request, bytes: required("bytes", self.bytes.as_ref())? });
             }
-            (None, None, Some(result), _) => {
-                let result = result_bytes.map_or(WorkerResult::Value(result), |bytes| WorkerResult::Object { bytes });
-                Ok(Self::Succeeded { result, lease: any_lease()? })
-            }
-            (None, None, None, Some(true)) => {
-                let lease = any_lease()?.map(|lease| Ok((lease, request()?))).transpose()?;
-                Ok(Self::Heartbeat { progress: wire.progress.map(percent).transpose()?, lease })
-            }
-            _ => Err(DecodeError::malformed("answer", "expected result, exception or heartbeat")),
+            None => {}
         }
+        if let Some((exception, cause)) = exception_of(&self) {
+            return Ok(WorkerMessage::Failed { exception, cause, lease: any_lease });
+        }
+        if let Some(result) = self.result {
+            let bytes = read(self.result_bytes.as_ref());
+            let result = bytes.map_or(WorkerResult::Value(result), |bytes| WorkerResult::Object { bytes });
+            return Ok(WorkerMessage::Succeeded { result, lease: any_lease });
+        }
+        if read(self.heartbeat.as_ref()) == Some(true) {
+            let lease = any_lease.map(|lease| Ok((lease, request()?))).transpose()?;
+            return Ok(WorkerMessage::Heartbeat { progress: progress(self.progress.as_ref()), lease });
+        }
+        Err(DecodeError::malformed("answer", "expected result, exception or heartbeat"))
     }
 }
 
-fn percent(value: f64) -> Result<u8, DecodeError> {
-    if !(0.0..=100.0).contains(&value) {
-        return Err(DecodeError::malformed("progress", format!("got {value}, expected 0 to 100")));
-    }
+/// Name and cause of an exception, if there is one. Some workers write an object, or anything else: that is a failure as well.
+fn exception_of(wire: &Wire) -> Option<(String, Option<String>)> {
+    let exception = wire.exception.as_ref()?;
+    let (name, whole) = match serde_json::from_str(exception.get()) {
+        Ok(Value::String(name)) => (name, None),
+        Ok(Value::Object(fields)) => {
+            let name = NAMES_OF_EXCEPTIONS.iter().find_map(|name| fields.get(*name)?.as_str());
+            (name.unwrap_or_default().to_owned(), Some(exception.get()))
+        }
+        _ => (String::new(), Some(exception.get())),
+    };
+    let cause = match &wire.cause {
+        Some(cause) => Some(read(Some(cause)).unwrap_or_else(|| cause.to_string())),
+        None => whole.map(str::to_owned),
+    };
+    Some((redacted(&name), cause.as_deref().map(redacted)))
+}
+
+/// A worker's progress, in percent: nobody needs it, so one that is none is left out.
+fn progress(field: Option<&JsonText>) -> Option<u8> {
+    let percent = read::<f64>(field).filter(|percent| (0.0..=100.0).contains(percent))?;
     #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
-    Ok(value as u8)
+    Some(percent as u8)
 }
 
-fn missing(field: &str) -> DecodeError {
-    DecodeError::malformed(field, "it is missing")
+/// The failure of a job whose answer is no JSON that can be read.
+fn failure_of(payload: &[u8], why: &DecodeError) -> Option<(String, WorkerMessage)> {
+    // An object that was read up to a field of the wrong kind is another matter: its handle is no text.
+    let is_json = serde_json::from_slice::<serde::de::IgnoredAny>(limits::trimmed(payload)).is_ok();
+    if is_json && *why != DecodeError::TooDeep {
+        return None;
+    }
+    let handle = handle_in(&String::from_utf8_lossy(payload))?;
+    let cause = Some(format!("the worker's answer cannot be read: {why}"));
+    Some((handle, WorkerMessage::Failed { exception: INVALID_ANSWER.to_owned(), cause, lease: None }))
+}
+
+/// The handle that follows `TaskToken` in a text, in whichever quotes; none if there are several.
+fn handle_in(text: &str) -> Option<String> {
+    let is_of_handle = |c: char| c.is_ascii_alphanumeric() || "-_.:".contains(c);
+    let mut handles = text.split("TaskToken").skip(1).filter_map(|rest| {
+        let rest = rest.trim_start_matches(['\\', '"', '\'']).trim_start().strip_prefix(':')?;
+        let rest = rest.trim_start().trim_start_matches('\\').strip_prefix(['"', '\''])?;
+        let handle = &rest[..rest.find(|c| !is_of_handle(c))?];
+        (1..=MAX_HANDLE_BYTES).contains(&handle.len()).then_some(handle)
+    });
+    let handle = handles.next()?;
+    handles.all(|other| other == handle).then(|| handle.to_owned())
+}
+
+/// Whether a payload is the answer of a worker that could not read its job: it has a token, and that is null. Plain workers know
+/// no job then; its exception, if it has one.
+pub fn answer_without_token(payload: &[u8]) -> Option<Option<String>> {
+    #[derive(Deserialize)]
+    struct Answer {
+        #[serde(rename = "TaskToken", deserialize_with = "present")]
+        task_token: Option<JsonText>,
+        #[serde(default)]
+        exception: Option<JsonText>,
+    }
+    let Answer { task_token, exception } = limits::json("answer", payload).ok()?;
+    let exception = exception_of(&Wire { exception, ..Wire::default() }).map(|(name, _)| name);
+    task_token.is_some_and(|token| token.is_null()).then_some(exception)
 }
 
 /// What the cloud answers a worker, on that worker's topic.
@@ -337,8 +422,8 @@ fn handle<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error
     Err(serde::de::Error::custom(format!("TaskToken: expected 1 to {MAX_HANDLE_BYTES} bytes")))
 }
 
-fn present<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Value>, D::Error> {
-    Value::deserialize(deserializer).map(Some)
+fn present<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<JsonText>, D::Error> {
+    JsonText::deserialize(deserializer).map(Some)
 }
 
 fn publication(topic: String, body: &impl Serialize) -> Publication {
@@ -361,8 +446,12 @@ mod tests {
 
     #[test]
     fn a_job_has_the_form_that_workers_know() {
-        let mut job =
-            JobMessage { input: json!({"a": 15, "b": 42}), task_token: "t".into(), handler: None, input_bytes: None };
+        let mut job = JobMessage {
+            input: json!({"a": 15, "b": 42}).into(),
+            task_token: "t".into(),
+            handler: None,
+            input_bytes: None,
+        };
         let publication = job.encode(&tenant());
         assert_eq!(publication.topic, "tenant1/to/worker");
         assert_eq!(publication.payload, br#"{"Input":{"a":15,"b":42},"TaskToken":"t"}"#);
@@ -382,8 +471,8 @@ mod tests {
             WorkerMessage::Heartbeat { progress: None, lease: None },
             WorkerMessage::Release(lease()),
             WorkerMessage::Upload { lease: lease(), request, bytes: 1 << 20 },
-            WorkerMessage::Succeeded { result: WorkerResult::Value(json!({"x": null})), lease: Some(lease()) },
-            WorkerMessage::Succeeded { result: WorkerResult::Value(Value::Null), lease: None },
+            WorkerMessage::Succeeded { result: WorkerResult::Value(json!({"x": null}).into()), lease: Some(lease()) },
+            WorkerMessage::Succeeded { result: WorkerResult::Value(JsonText::null()), lease: None },
             WorkerMessage::Succeeded { result: WorkerResult::Object { bytes: 7 }, lease: Some(lease()) },
             WorkerMessage::Failed { exception: "KeyError".into(), cause: Some("a".into()), lease: None },
         ] {
@@ -396,19 +485,25 @@ mod tests {
     #[test]
     fn what_plain_workers_say_is_understood() {
         let read = |text: &str| WorkerMessage::decode(text.as_bytes()).map(|(_, message)| message);
-        let result = |result| WorkerMessage::Succeeded { result: WorkerResult::Value(result), lease: None };
+        let result =
+            |result: Value| WorkerMessage::Succeeded { result: WorkerResult::Value(result.into()), lease: None };
         assert_eq!(read(r#"{"result":57,"TaskToken":"t"}"#), Ok(result(json!(57))));
         assert_eq!(read(r#"{"result":null,"TaskToken":"t"}"#), Ok(result(Value::Null)));
         let failed = WorkerMessage::Failed { exception: "KeyError".into(), cause: None, lease: None };
         assert_eq!(read(r#"{"result":null,"TaskToken":"t","exception":"KeyError"}"#), Ok(failed));
         let heartbeat = WorkerMessage::Heartbeat { progress: Some(12), lease: None };
         assert_eq!(read(r#"{"TaskToken":"t","heartbeat":true,"progress":12.5}"#), Ok(heartbeat));
+        // Nobody needs to know how far it is.
+        for progress in ["101", "-1", r#""half""#, "null", "1e400"] {
+            let text = format!(r#"{{"TaskToken":"t","heartbeat":true,"progress":{progress}}}"#);
+            assert_eq!(read(&text), Ok(WorkerMessage::Heartbeat { progress: None, lease: None }), "{progress}");
+        }
         for (bad, why) in [
             (r#"{"result":null,"TaskToken":null,"exception":"JSONDecodeError"}"#, "TaskToken: it is null"),
             (r#"{"result":1}"#, "TaskToken: it is null"),
             (r#"{"TaskToken":"","result":1}"#, "TaskToken: expected 1 to 512 bytes"),
             (r#"{"TaskToken":"t"}"#, "expected result, exception or heartbeat"),
-            (r#"{"TaskToken":"t","heartbeat":true,"progress":101}"#, "progress: got 101, expected 0 to 100"),
+            (r#"{"TaskToken":"t","heartbeat":"yes"}"#, "expected result, exception or heartbeat"),
             (r#"{"TaskToken":"t","action":"claim","worker":"a/b","request":"r"}"#, "worker name"),
             (r#"{"TaskToken":"t","action":"upload","worker":"a","fence":1}"#, "request: it is missing"),
             (r#"{"TaskToken":7,"result":1}"#, "answer: TaskToken: invalid type"),
@@ -419,6 +514,85 @@ mod tests {
         }
         let large = format!(r#"{{"TaskToken":"t","result":"{}"}}"#, "x".repeat(crate::MAX_PAYLOAD_BYTES));
         assert!(matches!(read(&large), Err(DecodeError::TooLarge(_))));
+    }
+
+    #[test]
+    fn a_result_and_an_input_keep_every_digit_and_their_order() {
+        for exact in [
+            "117.63331139400017",
+            "123456789012345678901234567890",
+            r#"{"z":-9223372036854775809,"a":1.0,"b":[1e2,0.10]}"#,
+        ] {
+            let answer = format!(r#"{{"TaskToken":"t","result":{exact}}}"#);
+            let (_, message) = WorkerMessage::decode(answer.as_bytes()).unwrap();
+            assert_eq!(message.encode(&tenant(), "t").payload, answer.as_bytes());
+            let job = format!(r#"{{"Input":{exact},"TaskToken":"t"}}"#);
+            assert_eq!(JobMessage::decode(job.as_bytes()).unwrap().encode(&tenant()).payload, job.as_bytes());
+        }
+    }
+
+    #[test]
+    fn an_exception_of_whatever_kind_is_a_failure() {
+        for (text, exception, cause) in [
+            (r#"{"type":"KeyError","message":"b"}"#, "KeyError", Some(r#"{"type":"KeyError","message":"b"}"#)),
+            (r#"{"code":12345678901234567890123}"#, "", Some(r#"{"code":12345678901234567890123}"#)),
+            (r#"["KeyError"]"#, "", Some(r#"["KeyError"]"#)),
+            ("7", "", Some("7")),
+            (r#""KeyError","cause":{"at":1.0}"#, "KeyError", Some(r#"{"at":1.0}"#)),
+            (
+                r#""KeyError","cause":"b","worker":"my host","fence":"high","action":"add","bytes":-1"#,
+                "KeyError",
+                Some("b"),
+            ),
+        ] {
+            let answer = format!(r#"{{"result":null,"TaskToken":"t","exception":{text}}}"#);
+            let (exception, cause) = (exception.to_owned(), cause.map(str::to_owned));
+            let failed = WorkerMessage::Failed { exception, cause, lease: None };
+            assert_eq!(WorkerMessage::decode(answer.as_bytes()), Ok(("t".to_owned(), failed)), "{answer}");
+        }
+        let none = br#"{"result":1,"TaskToken":"t","exception":null}"#;
+        assert!(matches!(WorkerMessage::decode(none), Ok((_, WorkerMessage::Succeeded { .. }))));
+    }
+
+    #[test]
+    fn an_answer_that_is_no_json_fails_its_job_if_that_can_be_found() {
+        let deep = format!(r#"{{"result":{}{},"TaskToken":"job-1.a0"}}"#, "[".repeat(65), "]".repeat(65));
+        for answer in [
+            r#"{"result": NaN, "TaskToken": "job-1.a0"}"#,
+            r#"{"TaskToken":"job-1.a0","result":"cut of"#,
+            "{'result': 57, 'TaskToken': 'job-1.a0'}",
+            r#""{\"TaskToken\": \"job-1.a0\"}" }"#,
+            r#"{"TaskToken":"job-1.a0","result":Infinity,"echo":{"TaskToken":"job-1.a0"}}"#,
+            &deep,
+        ] {
+            let (handle, message) = WorkerMessage::decode(answer.as_bytes()).expect(answer);
+            let WorkerMessage::Failed { exception, cause, lease: None } = message else { panic!("{answer}") };
+            assert_eq!((handle.as_str(), exception.as_str()), ("job-1.a0", "InvalidAnswer"), "{answer}");
+            assert!(cause.is_some_and(|cause| cause.starts_with("the worker's answer cannot be read: ")), "{answer}");
+        }
+        for answer in [
+            "nothing",
+            "{'result': 57, 'TaskToken': None}",
+            r#"{"TaskToken": null, "result": NaN}"#,
+            r#"{"TaskToken":"job-1.a0","result":NaN,"echo":{"TaskToken":"job-2.b1"}}"#,
+            r#"{"TaskToken":"cut"#,
+            r#"{"TaskToken":["job-1.a0"],"result":1}"#,
+            r#"[{"TaskToken":"job-1.a0"}]"#,
+        ] {
+            assert!(WorkerMessage::decode(answer.as_bytes()).is_err(), "{answer}");
+        }
+    }
+
+    #[test]
+    fn who_answers_without_a_token_is_not_silent() {
+        let read = |text: &str| answer_without_token(text.as_bytes());
+        let exception = Some(Some("JSONDecodeError".to_owned()));
+        assert_eq!(read(r#"{"result":null,"TaskToken":null,"exception":"JSONDecodeError"}"#), exception);
+        assert_eq!(read(r#"{"TaskToken":null,"exception":{"type":"JSONDecodeError"}}"#), exception);
+        assert_eq!(read(r#"{"TaskToken":null,"result":57}"#), Some(None));
+        for other in [r#"{"TaskToken":"t","result":1}"#, r#"{"result":1}"#, "null", "nothing", r#"{"TaskToken":7}"#] {
+            assert_eq!(read(other), None, "{other}");
+        }
     }
 
     #[test]

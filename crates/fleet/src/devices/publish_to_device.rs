@@ -12,9 +12,12 @@ use aws_sdk_s3::presigning::PresigningConfig;
 use futures_util::future::try_join_all;
 use protocol::job::Artifact;
 use protocol::settings::{SettingCommand, Settings, operation_of};
-use protocol::{Command, Firmware, HandlerName, OperationId, ProtocolName, Publication, Step, Tenant, ThingName};
-use serde::Deserialize;
-use serde_json::Value;
+use protocol::{
+    Command, Firmware, HandlerName, JsonText, OperationId, ProtocolName, Publication, Step, Tenant, ThingName,
+};
+use serde::de::{Error as _, IgnoredAny};
+use serde::{Deserialize, Deserializer};
+use std::borrow::Cow;
 use std::time::Duration;
 
 /// Seven days, the most that a signature of version 4 allows; also the longest timer of a job.
@@ -52,7 +55,25 @@ pub struct Input {
     /// The operation.
     pub operation_id: OperationId,
     /// What shall be done.
+    #[serde(deserialize_with = "command")]
     pub command: CommandInput,
+}
+
+/// Reads a command. A job is read by itself: what an enum with a tag holds, serde has parsed before, and its numbers with it.
+fn command<'de, D: Deserializer<'de>>(deserializer: D) -> Result<CommandInput, D::Error> {
+    #[derive(Deserialize)]
+    struct Named<'a> {
+        #[serde(borrow)]
+        name: Cow<'a, str>,
+    }
+    let text = JsonText::deserialize(deserializer)?;
+    let named: Named = serde_json::from_str(text.get()).map_err(D::Error::custom)?;
+    let command = if named.name == "RUN_JOB" {
+        serde_json::from_str::<RunJob>(text.get()).map(CommandInput::RunJob)
+    } else {
+        serde_json::from_str(text.get())
+    };
+    command.map_err(D::Error::custom)
 }
 
 /// The command of an [`Input`].
@@ -104,17 +125,26 @@ pub enum CommandInput {
         settings: Settings,
     },
     /// Run a job on premises; a state waits for its result.
-    RunJob {
-        /// Whose workers.
-        tenant: Tenant,
-        /// What shall be done; each worker has a default.
-        #[serde(default)]
-        handler: Option<HandlerName>,
-        /// How the state waits.
-        wait: Wait,
-        /// What with: an object.
-        input: Value,
-    },
+    #[serde(skip_deserializing)]
+    RunJob(RunJob),
+}
+
+/// The job of a [`CommandInput`].
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RunJob {
+    #[serde(rename = "name")]
+    _name: IgnoredAny,
+    /// Whose workers.
+    tenant: Tenant,
+    /// What shall be done; each worker has a default.
+    #[serde(default)]
+    handler: Option<HandlerName>,
+    /// How the state waits.
+    wait: Wait,
+    /// What with.
+    #[serde(deserialize_with = "protocol::json_object")]
+    input: JsonText,
 }
 
 /// Publishes the command, unless its answer is there already.
@@ -165,14 +195,13 @@ pub async fn handle(adapters: &Adapters, input: Input) -> Result<(), Error> {
             }
             apply_settings(adapters, &operation, &Push::new(operation_id, connected_at, wait, settings)).await
         }
-        CommandInput::RunJob { .. } if !adapters.owns_device_topics => {
+        CommandInput::RunJob(_) if !adapters.owns_device_topics => {
             let expected = "own: the stack that hears workers' answers runs jobs on premises";
             Err(Error::invalid("DeviceTopics", "shared", expected))
         }
-        CommandInput::RunJob { tenant, handler, wait, input: Value::Object(input) } => {
+        CommandInput::RunJob(RunJob { tenant, handler, wait, input, .. }) => {
             adapters.worker_jobs.dispatch(&Order { tenant, operation: operation_id, handler, wait, input }).await
         }
-        CommandInput::RunJob { input, .. } => Err(Error::invalid("input", input, "an object")),
     }
 }
 
@@ -260,6 +289,33 @@ async fn sign(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::lambda::{MAX_INPUT_BYTES, decode};
+    use serde_json::Value;
+
+    #[test]
+    fn the_input_of_a_job_stays_as_it_was() {
+        for exact in [
+            r#"{"a":117.63331139400017,"b":0}"#,
+            r#"{"z":123456789012345678901234567890,"a":-9223372036854775809}"#,
+            r#"{"b":1.0,"a":[0.1e-7,{"TaskToken":1e2}]}"#,
+        ] {
+            let text = format!(
+                r#"{{"operationId":"o","command":{{"name":"RUN_JOB","tenant":"tenant1","handler":null,
+                "wait":{{"taskToken":"t","attempt":0}},"input":{exact}}}}}"#
+            );
+            let input: Input = decode(&text, MAX_INPUT_BYTES).unwrap();
+            let CommandInput::RunJob(job) = input.command else { panic!("{exact}") };
+            assert_eq!(job.input.get(), exact);
+        }
+        for (input, expected) in [("7", "expected an object"), (r#"{},"more":1"#, "unknown field `more`")] {
+            let text = format!(
+                r#"{{"operationId":"o","command":{{"name":"RUN_JOB","tenant":"tenant1",
+                "wait":{{"taskToken":"t","attempt":0}},"input":{input}}}}}"#
+            );
+            let error = decode::<Input>(&text, MAX_INPUT_BYTES).unwrap_err();
+            assert!(error.name == ErrorName::InvalidInput && error.message.contains(expected), "{error}");
+        }
+    }
 
     #[test]
     fn seconds_may_come_as_they_are_computed() {

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use std::fmt;
 
 /// Items go two weeks after they were last written: longer than the longest wait, and than a broker keeps a session.
-const KEEP_SECONDS: i64 = 14 * 24 * 3600;
+pub(super) const KEEP_SECONDS: i64 = 14 * 24 * 3600;
 
 /// What workers know a job by: opaque to them, bound to its operation. The tenant is part of the item's key.
 #[derive(Debug, Clone, PartialEq, Eq)]

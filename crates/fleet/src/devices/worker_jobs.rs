@@ -1,17 +1,21 @@
 //! Jobs that workers on premises run: dispatched on `{tenant}/to/worker`, answered on `{tenant}/to/lambda`.
 
-use super::worker_job::{Answer, Claimed, Dispatch, Expected, JobHandle, Judged, Renewed, WorkerJob};
+use super::worker_job::{Answer, Claimed, Dispatch, Expected, JobHandle, Judged, KEEP_SECONDS, Renewed, WorkerJob};
 use crate::aws::{now_millis, now_seconds, publish};
 use crate::error::{aws, code, unbuilt};
-use crate::item_table::ItemTable;
+use crate::item_table::{Item, ItemTable};
 use crate::tasks::{MAX_CAUSE_CHARACTERS, Outcome, Tasks};
 use crate::workflows::rendezvous::Wait;
 use crate::{Error, ErrorName, config};
 use aws_sdk_s3::config::RequestChecksumCalculation;
 use aws_sdk_s3::presigning::PresigningConfig;
-use protocol::on_premises::{JobMessage, Lease, Verdict, WorkerMessage, WorkerReply, WorkerResult};
-use protocol::{HandlerName, MAX_PAYLOAD_BYTES, OperationId, Tenant, WorkerName};
-use serde_json::{Map, Value, json};
+use protocol::on_premises::{
+    JobMessage, Lease, Verdict, WorkerMessage, WorkerReply, WorkerResult, answer_without_token,
+};
+use protocol::{HandlerName, JsonText, MAX_PAYLOAD_BYTES, OperationId, Tenant, WorkerName};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use sha2::{Digest, Sha256};
 use std::time::Duration;
 
 /// How much data a state may pass on, in bytes (<https://docs.aws.amazon.com/step-functions/latest/dg/service-quotas.html>).
@@ -26,6 +30,8 @@ const MESSAGE_BYTES: usize = 1024;
 const ADDRESS_LIFETIME: Duration = Duration::from_hours(1);
 /// Limits of `SendTaskFailure` (<https://docs.aws.amazon.com/step-functions/latest/apireference/API_SendTaskFailure.html>).
 const MAX_ERROR_CHARACTERS: usize = 256;
+/// The exception of a job whose result Step Functions does not take.
+const INVALID_RESULT: &str = "InvalidResult";
 
 /// A job to dispatch, and the state that waits for it.
 #[derive(Debug)]
@@ -38,8 +44,26 @@ pub struct Order {
     pub handler: Option<HandlerName>,
     /// How the state waits.
     pub wait: Wait,
-    /// What with.
-    pub input: Map<String, Value>,
+    /// What with: an object.
+    pub input: JsonText,
+}
+
+/// What a job's state gets.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct JobOutput {
+    result: JsonText,
+    /// Where the result is, if it is too large to be here.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    result_s3_uri: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    result_bytes: Option<u64>,
+}
+
+impl JobOutput {
+    fn of(result: JsonText) -> Self {
+        Self { result, result_s3_uri: None, result_bytes: None }
+    }
 }
 
 /// Where jobs are kept, and their limits.
@@ -74,10 +98,31 @@ impl Limits {
     }
 }
 
+/// The last answer of a tenant's worker that named no job: such a worker is not silent, but cannot read what it gets. The item
+/// lies beside the tenant's jobs, under the tenant's name; the state machine reads it when a job has timed out.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+struct UnreadJob {
+    /// When, in Unix milliseconds.
+    answered_at: i64,
+    exception: String,
+    expires_at: i64,
+    revision: u64,
+}
+
+impl Item for UnreadJob {
+    const KEY: &'static str = "job";
+
+    fn revision(&mut self) -> &mut u64 {
+        &mut self.revision
+    }
+}
+
 /// The jobs, and what reaches workers and waiting states.
 #[derive(Debug, Clone)]
 pub struct WorkerJobs {
     table: ItemTable<WorkerJob>,
+    unread: ItemTable<UnreadJob>,
     tasks: Tasks,
     mqtt: aws_sdk_iotdataplane::Client,
     s3: aws_sdk_s3::Client,
@@ -96,8 +141,12 @@ impl Job<'_> {
     }
 
     /// Each lease has an object of its own, so that a worker that has lost it overwrites nothing.
-    fn result_key(&self, fence: u64) -> String {
-        format!("{}/{}/result-{fence}.json", self.tenant, self.handle.operation)
+    fn uploaded_key(&self, fence: u64) -> String {
+        self.object_key(&format!("result-{fence}.json"))
+    }
+
+    fn object_key(&self, name: &str) -> String {
+        format!("{}/{}/{name}", self.tenant, self.handle.operation)
     }
 }
 
@@ -124,6 +173,7 @@ impl WorkerJobs {
             .build();
         Self {
             table: ItemTable::new(aws, limits.table.clone()),
+            unread: ItemTable::new(aws, limits.table.clone()),
             tasks: Tasks::new(aws),
             mqtt,
             s3: aws_sdk_s3::Client::from_conf(s3),
@@ -135,18 +185,18 @@ impl WorkerJobs {
     /// task ends at once.
     pub async fn dispatch(&self, order: &Order) -> Result<(), Error> {
         let Order { tenant, operation, handler, wait, input } = order;
+        let input = input.compact();
         if !self.limits.tenants.iter().any(|known| known == tenant.as_str()) {
             return Err(Error::invalid("tenant", tenant, &format!("one of {}", self.limits.tenants.join(", "))));
         }
-        let text = serde_json::to_string(input).map_err(unbuilt)?;
-        if text.len() > MAX_INPUT_BYTES {
-            let got = format!("{} bytes", text.len());
+        let bytes = input.get().len();
+        if bytes > MAX_INPUT_BYTES {
+            let got = format!("{bytes} bytes");
             return Err(Error::invalid("input", got, &format!("at most {MAX_INPUT_BYTES} bytes")));
         }
-        let is_large = text.len() + MESSAGE_BYTES > MAX_PAYLOAD_BYTES;
-        let bytes = text.len();
+        let is_large = bytes + MESSAGE_BYTES > MAX_PAYLOAD_BYTES;
         if is_large {
-            self.put(&input_key(tenant, operation), text).await?;
+            self.put(&input_key(tenant, operation), input.to_string()).await?;
         }
         let room = MAX_STATE_BYTES.saturating_sub(bytes + SPARE_BYTES);
         let dispatch = Dispatch { wait: wait.clone(), room: room as u64, input_is_stored: is_large };
@@ -158,7 +208,7 @@ impl WorkerJobs {
             Expected::Answered => self.complete(&job).await?,
             Expected::Send => {
                 let message = JobMessage {
-                    input: if is_large { Value::Null } else { Value::Object(input.clone()) },
+                    input: if is_large { JsonText::null() } else { input },
                     task_token: job.handle(operation).to_string(),
                     handler: handler.clone(),
                     input_bytes: is_large.then_some(bytes as u64),
@@ -171,9 +221,17 @@ impl WorkerJobs {
         Ok(())
     }
 
-    /// A worker of the tenant has said something. Fails with `MalformedMessage` if it cannot be read.
+    /// A worker of the tenant has said something. Fails with `MalformedMessage` if it cannot be read, or names no job.
     pub async fn hear(&self, tenant: &Tenant, payload: &[u8]) -> Result<(), Error> {
-        let (text, message) = WorkerMessage::decode(payload)?;
+        let (text, message) = match WorkerMessage::decode(payload) {
+            Ok(decoded) => decoded,
+            Err(error) => {
+                if let Some(exception) = answer_without_token(payload) {
+                    self.note_unread_job(tenant, exception.unwrap_or_default()).await?;
+                }
+                return Err(error.into());
+            }
+        };
         let kind = kind(&message);
         let Some(handle) = JobHandle::parse(&text) else {
             tracing::warn!(tenant = tenant.as_str(), message = kind, outcome = ?Outcome::Rejected, "no handle of ours");
@@ -196,6 +254,16 @@ impl WorkerJobs {
         let operation = job.handle.operation.as_str();
         tracing::info!(tenant = tenant.as_str(), operation, message = kind, progress, ?outcome);
         Ok(())
+    }
+
+    async fn note_unread_job(&self, tenant: &Tenant, exception: String) -> Result<(), Error> {
+        let exception: String = exception.chars().take(MAX_ERROR_CHARACTERS).collect();
+        let rule = |item: &mut UnreadJob| {
+            item.answered_at = now_millis();
+            item.exception.clone_from(&exception);
+            item.expires_at = now_seconds() + KEEP_SECONDS;
+        };
+        self.unread.change(tenant.as_str(), rule).await.map(drop)
     }
 
     fn lease(&self) -> i64 {
@@ -288,19 +356,22 @@ impl WorkerJobs {
         if item.judge(&job.handle, lease) != Judged::Counts {
             return self.answer(job, lease, &Answer::Succeeded { result: "null".into() }).await;
         }
-        let key = job.result_key(lease.map_or(0, |lease| lease.fence));
         let answer = match result {
             WorkerResult::Value(value) => {
                 let text = value.to_string();
                 let bytes = text.len() as u64;
                 if bytes > item.room {
+                    // Whoever answers another time has another object: what counted is not exchanged.
+                    let key = job.object_key(&format!("result-{:x}.json", Sha256::digest(&text)));
                     self.put(&key, text).await?;
                     Answer::Stored { key, bytes }
                 } else {
                     Answer::Succeeded { result: text }
                 }
             }
-            WorkerResult::Object { bytes } => self.uploaded(key, bytes).await?,
+            WorkerResult::Object { bytes } => {
+                self.uploaded(job.uploaded_key(lease.map_or(0, |lease| lease.fence)), bytes).await?
+            }
         };
         self.answer(job, lease, &answer).await
     }
@@ -357,21 +428,27 @@ impl WorkerJobs {
                 let cause = exception(error, cause);
                 return self.tasks.fail(&item.task_token, ErrorName::WorkerException, &cause).await;
             }
-            Some(Answer::Succeeded { result }) => {
-                json!({"result": serde_json::from_str::<Value>(result).map_err(unbuilt)?})
-            }
+            Some(Answer::Succeeded { result }) => JobOutput::of(JsonText::parse(result.as_bytes()).map_err(unbuilt)?),
             Some(Answer::Stored { key, bytes }) if *bytes <= item.room => match self.read(key).await? {
-                Ok(result) => json!({ "result": result }),
+                Ok(result) => JobOutput::of(result),
                 Err(cause) => {
                     return self.tasks.fail(&item.task_token, ErrorName::ResultMissing, &cause).await;
                 }
             },
             Some(Answer::Stored { key, bytes }) => {
-                let uri = format!("s3://{}/{key}", self.limits.bucket);
-                json!({"result": null, "resultS3Uri": uri, "resultBytes": bytes})
+                let result_s3_uri = format!("s3://{}/{key}", self.limits.bucket);
+                let (result_s3_uri, result_bytes) = (Some(result_s3_uri), Some(*bytes));
+                JobOutput { result: JsonText::null(), result_s3_uri, result_bytes }
             }
         };
-        self.tasks.complete(&item.task_token, Ok(output)).await
+        match self.tasks.complete(&item.task_token, Ok(output)).await {
+            // JSON that Step Functions does not take, such as a number beyond every double.
+            Err(error) if error.name == ErrorName::RequestRefused => {
+                let cause = exception(INVALID_RESULT, &error.message);
+                self.tasks.fail(&item.task_token, ErrorName::WorkerException, &cause).await
+            }
+            ended => ended,
+        }
     }
 
     async fn put(&self, key: &str, text: String) -> Result<(), Error> {
@@ -381,7 +458,7 @@ impl WorkerJobs {
     }
 
     /// The JSON of an object, or why it is none.
-    async fn read(&self, key: &str) -> Result<Result<Value, String>, Error> {
+    async fn read(&self, key: &str) -> Result<Result<JsonText, String>, Error> {
         let got = self.s3.get_object().bucket(&self.limits.bucket).key(key).send().await;
         let got = match got {
             Ok(got) => got,
@@ -402,8 +479,9 @@ impl WorkerJobs {
 
     async fn upload_address(&self, job: &Job<'_>, fence: u64, bytes: u64) -> Result<Verdict, Error> {
         let length = i64::try_from(bytes).map_err(unbuilt)?;
-        let request = self.s3.put_object().bucket(&self.limits.bucket).key(job.result_key(fence));
-        let request = request.content_length(length).content_type("application/json");
+        let request = self.s3.put_object().bucket(&self.limits.bucket).key(job.uploaded_key(fence));
+        // Good for one upload, as the address is good for an hour: a result is not exchanged after it counted.
+        let request = request.content_length(length).content_type("application/json").if_none_match("*");
         let signed = request.presigned(lifetime()?).await.map_err(|error| aws("s3:PutObject", &error))?;
         let headers = signed.headers().map(|(name, value)| (name.to_owned(), value.to_owned())).collect();
         Ok(Verdict::Upload { url: signed.uri().to_owned(), headers })
@@ -464,14 +542,15 @@ fn error_name(exception: &str) -> String {
 }
 
 /// What a worker has uploaded as its result; its size is that of the address that it got for it.
-fn uploaded_json(bytes: &[u8]) -> Result<Value, String> {
+fn uploaded_json(bytes: &[u8]) -> Result<JsonText, String> {
     protocol::check_depth(bytes).map_err(|error| format!("the result: {error}"))?;
-    serde_json::from_slice(bytes).map_err(|error| format!("the result is no JSON: {error}"))
+    JsonText::parse(bytes).map_err(|error| format!("the result is no JSON: {error}"))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::Value;
 
     #[test]
     fn an_uploaded_result_is_json_that_is_not_too_deep() {
@@ -481,6 +560,89 @@ mod tests {
         assert!(error.contains("64"), "{error}");
         let error = uploaded_json(b"{").unwrap_err();
         assert!(error.starts_with("the result is no JSON: EOF"), "{error}");
+    }
+
+    /// The calls of the jobs, on an AWS on which Step Functions does not take a task's output.
+    fn jobs() -> (WorkerJobs, std::sync::Arc<std::sync::Mutex<Vec<String>>>) {
+        use aws_smithy_http_client::test_util::infallible_client_fn;
+        let calls = std::sync::Arc::<std::sync::Mutex<Vec<String>>>::default();
+        let noted = calls.clone();
+        let http = infallible_client_fn(move |request: ureq::http::Request<_>| {
+            let target = request.headers().get("x-amz-target").map(|target| target.to_str().unwrap().to_owned());
+            let target = target.unwrap_or_default();
+            let body = String::from_utf8_lossy(request.body().bytes().unwrap_or_default()).into_owned();
+            let (status, answer) = if target.ends_with("SendTaskSuccess") {
+                (400, r#"{"__type":"InvalidOutput","message":"no JSON"}"#)
+            } else {
+                (200, "{}")
+            };
+            noted.lock().unwrap().push(format!("{target} {body}"));
+            ureq::http::Response::builder().status(status).body(answer).unwrap()
+        });
+        let config = crate::aws::of_test(http);
+        let limits = Limits {
+            table: "jobs".into(),
+            bucket: "data".into(),
+            tenants: vec!["tenant1".into()],
+            lease: 20_000,
+            max_result_bytes: 1 << 20,
+        };
+        (WorkerJobs::new(&config, aws_sdk_iotdataplane::Client::new(&config), limits), calls)
+    }
+
+    #[tokio::test]
+    async fn a_result_that_step_functions_does_not_take_fails_its_job() {
+        let (jobs, calls) = jobs();
+        let result = r#"{"b":117.63331139400017,"a":[123456789012345678901234567890,1.0,"\ud800"]}"#;
+        let mut item = WorkerJob::default();
+        item.task_token = "token".into();
+        item.answer = Some(Answer::Succeeded { result: result.into() });
+        assert_eq!(jobs.complete(&item).await, Ok(Outcome::Applied));
+        let calls: Vec<Value> = calls
+            .lock()
+            .unwrap()
+            .iter()
+            .map(|call| {
+                let (target, body) = call.split_once(' ').unwrap();
+                json!([target, serde_json::from_str::<Value>(body).unwrap()])
+            })
+            .collect();
+        // What is passed on stays as it was.
+        assert_eq!(calls[0][1]["output"], format!(r#"{{"result":{result}}}"#));
+        assert_eq!(
+            (&calls[1][0], &calls[1][1]["error"]),
+            (&json!("AWSStepFunctions.SendTaskFailure"), &json!("WorkerException"))
+        );
+        let cause: Value = serde_json::from_str(calls[1][1]["cause"].as_str().unwrap()).unwrap();
+        assert_eq!(cause["exception"], "InvalidResult");
+    }
+
+    #[tokio::test]
+    async fn who_answers_without_a_token_is_noted_and_a_dead_letter() {
+        let (jobs, calls) = jobs();
+        let tenant = "tenant1".parse().unwrap();
+        let without = br#"{"result":null,"TaskToken":null,"exception":"JSONDecodeError"}"#;
+        let error = jobs.hear(&tenant, without).await.unwrap_err();
+        assert_eq!(error.name, ErrorName::MalformedMessage);
+        assert!(error.message.contains("no job is known (JSONDecodeError)"), "{error}");
+        let noted = std::mem::take(&mut *calls.lock().unwrap());
+        let written = noted.iter().find_map(|call| call.strip_prefix("DynamoDB_20120810.PutItem ")).unwrap();
+        let item: Value = serde_json::from_str::<Value>(written).unwrap()["Item"].take();
+        assert_eq!((&item["job"]["S"], &item["exception"]["S"]), (&json!("tenant1"), &json!("JSONDecodeError")));
+        assert!(jobs.hear(&tenant, b"nothing").await.is_err());
+        assert_eq!(calls.lock().unwrap().len(), 0, "it may be of anybody");
+    }
+
+    #[tokio::test]
+    async fn an_upload_is_good_once() {
+        let (jobs, _) = jobs();
+        let handle = JobHandle::parse("job-1.a0").unwrap();
+        let job = Job { tenant: &"tenant1".parse().unwrap(), handle };
+        let Verdict::Upload { url, headers } = jobs.upload_address(&job, 3, 9).await.unwrap() else { panic!() };
+        assert!(url.contains("/tenant1/job-1/result-3.json?"), "{url}");
+        assert_eq!(headers.get("if-none-match").map(String::as_str), Some("*"));
+        let signed = url.split('&').find(|part| part.starts_with("X-Amz-SignedHeaders=")).unwrap();
+        assert!(signed.contains("if-none-match") && signed.contains("content-length"), "{signed}");
     }
 
     #[test]

@@ -11,9 +11,9 @@ use crate::{Error, ErrorName, things};
 use protocol::job::{JobDocument, NextExecution, NotifyNext, UpgradeInput, WorkflowName};
 use protocol::recovery::RecoveryInput;
 use protocol::settings::ConfigPushInput;
-use protocol::{InvalidId, JobId, OperationId, PresenceEvent, ThingName};
+use protocol::{InvalidId, JobId, JsonText, OperationId, PresenceEvent, ThingName};
 use serde::Deserialize;
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 /// What the handler reaches.
 #[derive(Debug)]
@@ -58,7 +58,8 @@ struct Start<'a> {
 struct Scheduled {
     /// As `EventBridge` Scheduler says it: the same when it says it twice.
     scheduled_time: String,
-    input: Map<String, Value>,
+    #[serde(deserialize_with = "protocol::json_object")]
+    input: JsonText,
 }
 
 /// Handles one queued message: of the broker (a job that has reached its device, a device that has come online), of retry-counter
@@ -141,7 +142,7 @@ fn of_schedule<'a>(adapters: &'a Adapters, scheduled: &Scheduled) -> Start<'a> {
     Start {
         state_machine: &adapters.on_premises_job_arn,
         name: execution_name(&key),
-        input: serde_json::to_string(&scheduled.input),
+        input: Ok(scheduled.input.to_string()),
         job: None,
     }
 }
@@ -332,7 +333,7 @@ mod tests {
         let start = mock!(aws_sdk_sfn::Client::start_execution)
             .match_requests(|request| {
                 request.state_machine_arn() == Some("arn:on-premises")
-                    && request.input() == Some(r#"{"a":15,"b":42}"#)
+                    && request.input() == Some(r#"{"b":117.63331139400017,"a":123456789012345678901}"#)
                     && request.name().unwrap().starts_with("scheduled-job-2026-11-24T03_00_00Z-")
             })
             .then_error(|| {
@@ -341,7 +342,8 @@ mod tests {
             });
         let adapters =
             adapters(mock_client!(aws_sdk_sfn, [&start]), mock_client!(aws_sdk_iot, []), executions(0), remembered());
-        let body = r#"{"scheduledTime":"2026-11-24T03:00:00Z","input":{"a":15,"b":42}}"#;
+        let body =
+            r#"{"scheduledTime":"2026-11-24T03:00:00Z","input":{"b":117.63331139400017,"a":123456789012345678901}}"#;
         assert_eq!(handle(&adapters, body).await, Ok(()));
         assert_eq!(start.num_calls(), 1);
         let broken = handle(&adapters, r#"{"scheduledTime":"2026-11-24T03:00:00Z","input":7}"#).await;

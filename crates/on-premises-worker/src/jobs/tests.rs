@@ -22,7 +22,7 @@ fn lease(fence: u64) -> Lease {
 }
 
 fn value(number: u64) -> Answer {
-    Answer::Value(json!(number))
+    Answer::Value(json!(number).into())
 }
 
 fn stored(fence: u64) -> Stored {
@@ -84,6 +84,13 @@ fn delivery_of(actions: &[Action]) -> (&Stored, u64, &WorkerMessage) {
 
 fn record(stored: Stored) -> Action {
     Action::Record { handle: "t".into(), stored }
+}
+
+fn grace_of(actions: &[Action]) -> Duration {
+    match actions {
+        [Action::Stop { grace, .. }] => *grace,
+        _ => panic!("it is not stopped: {actions:?}"),
+    }
 }
 
 fn starts(fence: u64) -> Vec<Action> {
@@ -260,7 +267,9 @@ fn a_lease_ends_by_the_workers_own_clock() {
     let mut bench = Bench::running();
     heartbeat_of(&bench.after(seconds(10)));
     let (.., late) = heartbeat_of(&bench.after(seconds(10)));
-    assert!(stops(&bench.after(seconds(10))), "30 s after the claim was sent");
+    assert_eq!(bench.after(seconds(4)), []);
+    // 25 s after the claim was sent, so that nothing is left of the program after 30.
+    assert_eq!(grace_of(&bench.after(seconds(1))), seconds(5));
     // The renewal comes too late to save the run, and nothing begins before the program is gone.
     assert_eq!(bench.granted(&late, 1), []);
     assert_eq!(bench.after(seconds(1)), []);
@@ -272,17 +281,40 @@ fn a_lease_ends_by_the_workers_own_clock() {
 fn a_renewal_counts_from_when_the_heartbeat_was_sent() {
     let mut bench = Bench::running();
     let (.., request) = heartbeat_of(&bench.after(seconds(10)));
-    bench.after(seconds(15));
+    bench.after(seconds(14));
     bench.granted(&request, 1);
     bench.on(Event::Online(false));
-    assert_eq!(bench.after(seconds(14)), []);
-    assert!(stops(&bench.after(seconds(1))), "40 s after the beginning");
+    assert_eq!(bench.after(seconds(10)), []);
+    assert!(stops(&bench.after(seconds(1))), "35 s after the beginning");
+}
+
+#[test]
+fn a_program_has_time_to_end_but_not_beyond_its_lease() {
+    // Soon after the lease has begun anew.
+    assert_eq!(grace_of(&Bench::running().on(Event::Abort)), GRACE);
+    assert_eq!(grace_of(&Bench::running().reply(None, Verdict::Over)), GRACE);
+    // Two seconds before its end.
+    let mut bench = Bench::running();
+    bench.now += seconds(28);
+    assert_eq!(grace_of(&bench.on(Event::Tick)), seconds(2));
+    // On a machine that was suspended for longer.
+    let mut bench = Bench::running();
+    bench.now += seconds(3600);
+    assert_eq!(grace_of(&bench.on(Event::Tick)), Duration::ZERO);
+    // A short lease is not spent on the end.
+    let mut bench = Bench::new(1);
+    let request = claim_of(&bench.receive("t"));
+    let verdict = Verdict::Granted { fence: 1, lease_milliseconds: 4000, input_url: None };
+    assert_eq!(bench.reply(Some(&request), verdict), starts(1));
+    bench.on(Event::Online(false));
+    assert_eq!(bench.jobs.wakes_at(), Some(bench.now + seconds(3)));
+    assert_eq!(grace_of(&bench.after(seconds(3))), seconds(1));
 }
 
 #[test]
 fn the_lease_is_over_even_if_its_renewal_is_the_next_event() {
     let mut bench = Bench::running();
-    let (.., request) = heartbeat_of(&bench.after(seconds(29)));
+    let (.., request) = heartbeat_of(&bench.after(seconds(24)));
     bench.now += seconds(1);
     assert!(stops(&bench.granted(&request, 1)));
 }
@@ -297,7 +329,7 @@ fn a_grant_that_comes_late_has_what_is_left() {
     let actions = bench.granted(&request, 1);
     assert_eq!(actions[..1], starts(1));
     heartbeat_of(&actions[1..]);
-    assert!(stops(&bench.after(seconds(8))));
+    assert!(stops(&bench.after(seconds(3))));
 }
 
 #[test]
@@ -336,7 +368,7 @@ fn a_grant_without_the_address_of_the_input_is_not_used_unless_the_claim_has_it(
     // The lease runs out, and then an old renewal is answered, which knows no address.
     let (.., old) = heartbeat_of(&bench.after(seconds(10)));
     bench.after(seconds(10));
-    assert!(stops(&bench.after(seconds(10))));
+    assert!(stops(&bench.after(seconds(5))));
     claim_of(&bench.ended(None));
     assert_eq!(bench.granted(&old, 1), []);
 }
@@ -620,9 +652,15 @@ fn at_most_one_of_two_workers_runs_a_job_whatever_gets_late() {
                             post.push((now + random.delay(), index, Mail::ToWorker(reply)));
                         }
                     }
-                    Mail::ToWorker(reply) => {
+                    Mail::ToWorker(_) | Mail::Ended => {
                         benches[index].now = now;
-                        let actions = benches[index].on(Event::Reply(reply));
+                        let actions = match mail {
+                            Mail::ToWorker(reply) => benches[index].on(Event::Reply(reply)),
+                            _ => {
+                                holders[index] = false;
+                                benches[index].ended(None)
+                            }
+                        };
                         send(actions, index, &mut benches[index], &mut post, &mut random, &mut holders);
                     }
                 }
@@ -643,6 +681,8 @@ fn at_most_one_of_two_workers_runs_a_job_whatever_gets_late() {
 enum Mail {
     ToCloud(WorkerMessage),
     ToWorker(WorkerReply),
+    /// A program that was stopped is gone.
+    Ended,
 }
 
 struct Random(u64);
@@ -712,7 +752,7 @@ impl Cloud {
     }
 }
 
-/// Sends what a worker says; a program that is stopped is gone at once.
+/// Sends what a worker says; a program that is stopped takes all the time that it has.
 fn send(
     actions: Vec<Action>,
     index: usize,
@@ -721,15 +761,11 @@ fn send(
     random: &mut Random,
     running: &mut [bool; 2],
 ) {
-    let mut actions = VecDeque::from(actions);
-    while let Some(action) = actions.pop_front() {
+    for action in actions {
         match action {
             Action::Send { message, .. } => post.push((bench.now + random.delay(), index, Mail::ToCloud(message))),
             Action::Start { .. } => running[index] = true,
-            Action::Stop { .. } => {
-                running[index] = false;
-                actions.extend(bench.ended(None));
-            }
+            Action::Stop { grace, .. } => post.push((bench.now + grace, index, Mail::Ended)),
             other => panic!("{other:?}"),
         }
     }

@@ -1,7 +1,7 @@
 use super::*;
 use crate::jobs::Stored;
 use protocol::on_premises::WorkerResult;
-use serde_json::json;
+use serde_json::{Value, json};
 use std::path::Path;
 use tokio::task::JoinHandle;
 
@@ -31,7 +31,7 @@ fn lease(fence: u64) -> Lease {
 
 fn job(handle: &str, handler: Option<&str>, input: Value) -> JobMessage {
     JobMessage {
-        input,
+        input: input.into(),
         task_token: handle.into(),
         handler: handler.map(|name| name.parse().unwrap()),
         input_bytes: None,
@@ -40,13 +40,19 @@ fn job(handle: &str, handler: Option<&str>, input: Value) -> JobMessage {
 
 impl Bench {
     fn start(folder: &Path) -> Self {
+        Self::start_with(folder, |_| {})
+    }
+
+    fn start_with(folder: &Path, prepare: impl FnOnce(&mut Worker)) -> Self {
         mqtt_connection::install_crypto_provider();
         let config = config(folder);
         // Nobody listens there, and the certificate is never shown.
         let tls = ClientConfig::builder().with_root_certificates(rustls::RootCertStore::empty()).with_no_client_auth();
         let (connection, _) = Connection::open(Arc::new(settings(&config, Arc::new(tls))));
         let journal = Journal::open(&config.journal).unwrap();
-        let worker = Worker::new(config, connection, Transfers::new(None).unwrap(), journal);
+        config.make_working_folder().unwrap();
+        let mut worker = Worker::new(config, connection, Transfers::new(None, None).unwrap(), journal);
+        prepare(&mut worker);
         let (connection, happenings) = (Arc::clone(&worker.connection), worker.happenings.clone());
         happenings.send(Happening::Event(Event::Online(true))).unwrap_or_else(|_| panic!("the worker is gone"));
         let (signals, told) = mpsc::unbounded_channel();
@@ -104,12 +110,12 @@ async fn a_job_from_the_journal_is_claimed_run_answered_and_kept() {
     leave_behind(folder.path(), vec![Entry::new(job("t", None, json!({"a": 15, "b": 42})))]);
     let bench = Bench::start(folder.path());
     assert_eq!(bench.grant(1).await, "t");
-    let result = WorkerResult::Value(json!(57));
+    let result = WorkerResult::Value(json!(57).into());
     let succeeded = WorkerMessage::Succeeded { result, lease: Some(lease(1)) };
     assert_eq!(bench.said().await, ("t".to_owned(), succeeded.clone()));
     bench.end().await;
     let stored = entry(folder.path(), "t").unwrap().stored.unwrap();
-    assert_eq!(stored, Stored { delivered: true, ..Stored::new(Answer::Value(json!(57)), 1) });
+    assert_eq!(stored, Stored { delivered: true, ..Stored::new(Answer::Value(json!(57).into()), 1) });
 
     // Nothing is left to do for it, but what was not delivered is sent again.
     leave_behind(
@@ -145,7 +151,7 @@ async fn a_second_signal_stops_what_runs_and_gives_it_back() {
     leave_behind(folder.path(), vec![Entry::new(job("t", Some("slow"), Value::Null))]);
     let bench = Bench::start(folder.path());
     bench.grant(1).await;
-    while !folder.path().join("started").exists() {
+    while !folder.path().join("journal/work/started").exists() {
         time::sleep(Duration::from_millis(5)).await;
     }
     bench.signals.send(()).unwrap();
@@ -153,6 +159,27 @@ async fn a_second_signal_stops_what_runs_and_gives_it_back() {
     assert_eq!(bench.said().await.1, WorkerMessage::Release(lease(1)));
     bench.worker.await.unwrap();
     assert_eq!(entry(folder.path(), "t").unwrap().stored, None, "the next process takes it up");
+}
+
+/// The lease is an hour long, and the machine sleeps for two.
+#[tokio::test]
+async fn a_machine_that_was_suspended_has_lost_its_lease() {
+    let folder = tempfile::tempdir().unwrap();
+    leave_behind(folder.path(), vec![Entry::new(job("t", Some("slow"), Value::Null))]);
+    let wall = Arc::new(std::sync::Mutex::new(SystemTime::now()));
+    let shown = Arc::clone(&wall);
+    let bench = Bench::start_with(folder.path(), move |worker| {
+        worker.clock = Clock::new(now(), *shown.lock().unwrap());
+        worker.wall = Box::new(move || *shown.lock().unwrap());
+    });
+    bench.grant(1).await;
+    while !folder.path().join("journal/work/started").exists() {
+        time::sleep(Duration::from_millis(5)).await;
+    }
+    *wall.lock().unwrap() += Duration::from_hours(2);
+    // Nothing has happened on the network, and no timer of the lease has fired: its program is killed, and claimed anew.
+    assert!(matches!(bench.said().await.1, WorkerMessage::Claim { .. }));
+    bench.end().await;
 }
 
 #[tokio::test]

@@ -86,7 +86,7 @@ impl Demo<'_> {
         fs::create_dir_all(&folder)?;
         self.certify(&folder)?;
         fs::write(folder.join("slow"), SLOW)?;
-        fs::write(&config, self.config(name))?;
+        fs::write(&config, self.config(name, &folder))?;
         let mut command = self.project.command(program);
         command.arg("run").arg("--config").arg(&config);
         eprintln!("$ {}", self.project.line(&command));
@@ -122,12 +122,13 @@ impl Demo<'_> {
         self.run("attach-policy", &mut attach).map(drop)
     }
 
-    fn config(&self, name: &str) -> String {
+    fn config(&self, name: &str, folder: &Path) -> String {
         let (endpoint, ca) = (&self.cloud.mqtt, self.cloud.ca.display());
         format!(
             "tenant = \"{TENANT}\"\nworker = \"{name}\"\nendpoint = \"{endpoint}\"\ncertificate = \"certificate.pem\"\n\
              private_key = \"private.key\"\nca = \"{ca}\"\njournal = \"journal\"\n\n\
-             [handlers.slow]\nprogram = \"/bin/sh\"\narguments = [\"slow\"]\nenvironment = [\"PATH\"]\n"
+             [handlers.slow]\nprogram = \"/bin/sh\"\narguments = [\"{}\"]\nenvironment = [\"PATH\"]\n",
+            folder.join("slow").display()
         )
     }
 
