@@ -77,7 +77,7 @@ impl Journal {
     /// Writes an entry, so that it is either there as a whole or not at all.
     pub(crate) fn put(&self, entry: &Entry) -> io::Result<()> {
         let bytes = serde_json::to_vec(entry)?;
-        self.write(&self.path(&entry.job.task_token, "json"), &bytes)
+        write(&self.path(&entry.job.task_token, "json"), &bytes)
     }
 
     /// Writes what came of a job; does nothing for a job that is not known.
@@ -90,7 +90,7 @@ impl Journal {
 
     /// Keeps a result that is too large for a message.
     pub(crate) fn put_result(&self, handle: &str, bytes: &[u8]) -> io::Result<()> {
-        self.write(&self.path(handle, "result"), bytes)
+        write(&self.path(handle, "result"), bytes)
     }
 
     /// The bytes of such a result.
@@ -141,13 +141,13 @@ impl Journal {
     fn path(&self, handle: &str, extension: &str) -> PathBuf {
         self.folder.join(format!("{}.{extension}", name(handle)))
     }
+}
 
-    /// Writes a file so that after a crash it is the new or the old one, as a whole.
-    fn write(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
-        let mut file = AtomicWriteFile::options().mode(0o600).open(path)?;
-        file.write_all(bytes)?;
-        file.commit()
-    }
+/// Writes a file so that after a crash it is the new or the old one, as a whole.
+fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let mut file = AtomicWriteFile::options().mode(0o600).open(path)?;
+    file.write_all(bytes)?;
+    file.commit()
 }
 
 /// The name of a job's files, which says nothing about it.

@@ -654,12 +654,11 @@ fn at_most_one_of_two_workers_runs_a_job_whatever_gets_late() {
                     }
                     Mail::ToWorker(_) | Mail::Ended => {
                         benches[index].now = now;
-                        let actions = match mail {
-                            Mail::ToWorker(reply) => benches[index].on(Event::Reply(reply)),
-                            _ => {
-                                holders[index] = false;
-                                benches[index].ended(None)
-                            }
+                        let actions = if let Mail::ToWorker(reply) = mail {
+                            benches[index].on(Event::Reply(reply))
+                        } else {
+                            holders[index] = false;
+                            benches[index].ended(None)
                         };
                         send(actions, index, &mut benches[index], &mut post, &mut random, &mut holders);
                     }
