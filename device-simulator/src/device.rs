@@ -7,6 +7,7 @@ use crate::settings::Answers;
 use crate::storage::{Operation, OperationPhase, Storage, StorageError};
 use crate::{CutPoint, Fault, Faults};
 use mqtt_connection::{Connection, ConnectionSettings, Delivery};
+use percent_encoding::percent_decode_str;
 use protocol::recovery::{UpdateReport, UpdateStatus};
 use protocol::settings::{self, SettingResponse};
 use protocol::{
@@ -303,8 +304,8 @@ impl Life<'_> {
 
     /// Whether the image's path makes the public USP agent fail.
     fn is_failed_by_path(&self, operation: &Operation, word: &str) -> bool {
-        let path = operation.firmware.url.split('?').next().unwrap_or_default();
-        self.is_reference_agent() && path.contains(word)
+        let path = reqwest::Url::parse(&operation.firmware.url).map(|url| url.path().to_owned()).unwrap_or_default();
+        self.is_reference_agent() && percent_decode_str(&path).decode_utf8_lossy().contains(word)
     }
 
     fn show(&self, phase: Phase) {
@@ -514,6 +515,7 @@ impl Life<'_> {
             client: &context.http,
             firmware: &operation.firmware,
             partial: &self.storage.partial(),
+            public_key: context.options.public_key,
             rate: self.has(Fault::Slow).then_some(context.options.fault_timing.slow_rate),
         };
         let mut pace = Pace::new();

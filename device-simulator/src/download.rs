@@ -144,6 +144,8 @@ pub(crate) struct Download<'a> {
     pub(crate) client: &'a reqwest::Client,
     pub(crate) firmware: &'a Firmware,
     pub(crate) partial: &'a Path,
+    /// Whose images the device takes; any, if it has none.
+    pub(crate) public_key: Option<VerifyingKey>,
     /// Bytes a second; none: as fast as it goes.
     pub(crate) rate: Option<u64>,
 }
@@ -154,13 +156,15 @@ impl Download<'_> {
         &self,
         mut on_progress: impl FnMut(u64, Option<u64>) -> ControlFlow<()>,
     ) -> Result<(), DownloadError> {
-        let (mut failures, mut beginnings) = (0, 0);
-        let mut is_resumed = self.length() > 0;
+        let (mut failures, mut beginnings, mut furthest) = (0, 0, self.length());
+        let (mut is_resumed, mut are_pieces_checked) = (self.length() > 0, false);
         loop {
-            let before = self.length();
-            let attempt = self.attempt(before, &mut on_progress).await;
+            let attempt = self.attempt(self.length(), &mut on_progress).await;
             let checked = match attempt {
-                Ok(()) if is_resumed && beginnings == 0 => self.check_pieces().await,
+                Ok(()) if is_resumed && !are_pieces_checked => {
+                    are_pieces_checked = true;
+                    self.check_pieces().await
+                }
                 other => other,
             };
             let why = match checked {
@@ -174,7 +178,8 @@ impl Download<'_> {
                 Err(Broken::ForNow(why)) => why,
             };
             is_resumed = self.length() > 0;
-            failures = if self.length() > before { 1 } else { failures + 1 };
+            failures = if self.length() > furthest { 1 } else { failures + 1 };
+            furthest = furthest.max(self.length());
             if failures.max(beginnings) >= ATTEMPTS {
                 return Err(DownloadError::Image(ImageFailure::Transfer(why)));
             }
@@ -197,13 +202,16 @@ impl Download<'_> {
         }
         let mut request = self.client.get(&self.firmware.url);
         // Without a strong validator nothing says that the rest is of the same file (RFC 9110, 13.1.5 and 14.2).
-        if let (true, Ok(tag)) = (have > 0, std::fs::read_to_string(self.tag_file())) {
+        let tag = std::fs::read_to_string(self.tag_file()).ok().filter(|_| have > 0);
+        if let Some(tag) = &tag {
             request = request.header(RANGE, format!("bytes={have}-")).header(IF_RANGE, tag);
         }
         let response = request.send().await?;
         let range = ContentRange::of(&response);
+        // Some servers do not know `If-Range`.
+        let is_of_same = strong_tag(&response).is_none_or(|other| tag.as_deref() == Some(other));
         match response.status() {
-            StatusCode::PARTIAL_CONTENT if range.first == Some(have) && self.may_have(range.total) => {
+            StatusCode::PARTIAL_CONTENT if range.first == Some(have) && self.may_have(range.total) && is_of_same => {
                 self.receive(response, have, range.total, on_progress).await
             }
             StatusCode::OK => {
@@ -213,7 +221,7 @@ impl Download<'_> {
                     _ => self.receive(response, 0, total, on_progress).await,
                 }
             }
-            StatusCode::RANGE_NOT_SATISFIABLE => match (self.firmware.size, range.total) {
+            StatusCode::RANGE_NOT_SATISFIABLE if have > 0 => match (self.firmware.size, range.total) {
                 // A power cut came after the last byte.
                 (None, total) if total == Some(have) => Ok(()),
                 (Some(expected), Some(actual)) if expected != actual => Err(size_mismatch(expected, actual)),
@@ -276,10 +284,10 @@ impl Download<'_> {
 
     /// An image in pieces may be of two files after all: then it is fetched once more, in one.
     async fn check_pieces(&self) -> Result<(), Broken> {
-        let (image, firmware) = (self.partial.to_owned(), self.firmware.clone());
-        let verified = tokio::task::spawn_blocking(move || verify(&image, &firmware, None)).await;
+        let (image, firmware, key) = (self.partial.to_owned(), self.firmware.clone(), self.public_key);
+        let verified = tokio::task::spawn_blocking(move || verify(&image, &firmware, key.as_ref())).await;
         match verified.unwrap_or_else(|error| Err(io::Error::other(error))).map_err(|error| self.disk(error))? {
-            Ok(_) => Ok(()),
+            Ok(_) | Err(ImageFailure::SignatureMissing) => Ok(()),
             Err(failure) => Err(Broken::Anew(format!("in pieces, {}", failure.message()))),
         }
     }
@@ -290,9 +298,7 @@ impl Download<'_> {
 
     /// Keeps what tells this file from another under the same address, over power cuts.
     fn remember_tag(&self, response: &Response) -> Result<(), Broken> {
-        let tag = response.headers().get(ETAG).and_then(|tag| tag.to_str().ok());
-        // A weak one does not say that every byte is the same.
-        if let Some(tag) = tag.filter(|tag| !tag.starts_with("W/")) {
+        if let Some(tag) = strong_tag(response) {
             return std::fs::write(self.tag_file(), tag).map_err(|error| self.disk(error));
         }
         // There may be none from before.
@@ -319,6 +325,12 @@ async fn has_expired(mut response: Response, have: u64) -> bool {
     }
     let words = String::from_utf8_lossy(&words).to_ascii_lowercase();
     words.contains("expired") || (status == StatusCode::FORBIDDEN && have > 0)
+}
+
+/// What tells a file from another under the same address. A weak tag does not say that every byte is the same.
+fn strong_tag(response: &Response) -> Option<&str> {
+    let tag = response.headers().get(ETAG).and_then(|tag| tag.to_str().ok());
+    tag.filter(|tag| !tag.starts_with("W/"))
 }
 
 fn size_mismatch(expected: u64, actual: u64) -> Broken {
@@ -439,6 +451,8 @@ mod tests {
         Total(&'static str),
         /// Another length than the image has.
         Length(usize),
+        /// The rest, of whatever file it is asked for.
+        Rest(&'static str),
         /// The same, but the connection breaks after so many bytes.
         Break(usize),
         /// No ranges here.
@@ -496,6 +510,10 @@ mod tests {
                 let head = "HTTP/1.1 206 Partial\r\nconnection: close\r\ncontent-length: 70000\r\ncontent-range: bytes 30000-99999/";
                 return [format!("{head}{total}\r\n\r\n").as_bytes(), &IMAGE[30_000..]].concat();
             }
+            Answer::Rest(tag) => {
+                let head = "HTTP/1.1 206 Partial\r\nconnection: close\r\ncontent-length: 70000\r\ncontent-range: bytes 30000-99999/*";
+                return [format!("{head}\r\netag: {tag}\r\n\r\n").as_bytes(), &IMAGE[30_000..]].concat();
+            }
             other => other,
         };
         let from: usize = request
@@ -542,7 +560,8 @@ mod tests {
 
         async fn fetch(&self, firmware: &Firmware) -> Result<(), DownloadError> {
             let client = client(None).unwrap();
-            let download = Download { client: &client, firmware, partial: &self.partial(), rate: None };
+            let download =
+                Download { client: &client, firmware, partial: &self.partial(), public_key: None, rate: None };
             download.fetch(|_, _| ControlFlow::Continue(())).await
         }
 
@@ -658,6 +677,33 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn the_rest_of_another_file_is_not_taken_from_a_server_without_if_range() {
+        for (tag, requests) in [("\"one\"", 2), ("W/\"one\"", 2), ("\"two\"", 3)] {
+            let trial = Trial::new(vec![Answer::Break(30_000), Answer::Rest(tag), Answer::Serve]).await;
+            let firmware = Firmware { sha256: None, ..firmware(&trial.server.url) };
+            trial.fetch(&firmware).await.unwrap();
+            assert_eq!(trial.requests().len(), requests, "{tag}");
+        }
+    }
+
+    /// Each attempt comes as far as another one has before.
+    #[tokio::test(start_paused = true)]
+    async fn who_gets_no_further_gives_up() {
+        let answers = [30_000, 20_000].map(|limit| Answer::Tagged("", limit)).into_iter().cycle().take(100).collect();
+        let trial = Trial::new(answers).await;
+        let error = trial.fetch(&firmware(&trial.server.url)).await.unwrap_err();
+        assert!(matches!(error, DownloadError::Image(ImageFailure::Transfer(_))), "{error:?}");
+        assert_eq!(trial.requests().len(), 6);
+    }
+
+    #[tokio::test]
+    async fn a_range_that_nobody_asked_for_is_no_image() {
+        let trial = Trial::new(vec![Answer::Refuse("416 No\r\ncontent-range: bytes */0", "")]).await;
+        let error = trial.fetch(&Firmware { size: None, ..firmware(&trial.server.url) }).await.unwrap_err();
+        assert!(matches!(error, DownloadError::Image(ImageFailure::Status(416))), "{error:?}");
+    }
+
+    #[tokio::test]
     async fn an_end_before_the_known_size_is_an_interruption() {
         for size in [0, 1, 30_000, 99_999] {
             let trial = Trial::new(vec![Answer::Unmeasured(size), Answer::Serve]).await;
@@ -723,7 +769,8 @@ mod tests {
         let trial = Trial::new(vec![Answer::Serve]).await;
         let firmware = firmware(&trial.server.url);
         let client = client(None).unwrap();
-        let download = Download { client: &client, firmware: &firmware, partial: &trial.partial(), rate: None };
+        let download =
+            Download { client: &client, firmware: &firmware, partial: &trial.partial(), public_key: None, rate: None };
         let error = download.fetch(|_, _| ControlFlow::Break(())).await.unwrap_err();
         assert!(matches!(error, DownloadError::Stopped));
         assert!(download.length() > 0);

@@ -158,11 +158,14 @@ impl Output {
 
 /// What agents report that take their version from the image's address, as the public sample's does, if that is not the version.
 fn note_on_address(document: &JobDocument) -> Option<String> {
-    let address = document.artifact.url.as_deref().or(document.artifact.key.as_deref())?;
-    // A key is encoded in the address; `?` and `#` are part of its name.
-    let path = if document.artifact.url.is_some() { address.split(['?', '#']).next()? } else { address };
-    let last = path.rsplit('/').next()?;
-    let reported = if document.artifact.url.is_some() { reported_version(last) } else { Some(last.to_owned()) };
+    let Artifact { url, key, .. } = &document.artifact;
+    let last = |address: &str| address.rsplit('/').next().unwrap_or_default().to_owned();
+    // Such an agent takes what follows the last slash of all. In the address of a key its own `?` and `#` are encoded, and each slash
+    // of the query.
+    let reported = match (url, key) {
+        (Some(url), _) => reported_version(&last(url)),
+        (None, key) => Some(last(key.as_deref()?)),
+    };
     let reported = reported.unwrap_or_default();
     let version = &document.firmware_version;
     (document.protocol != Some(ProtocolName::Json) && reported != *version).then(|| {
@@ -565,11 +568,13 @@ mod tests {
         for (artifact, reported) in [
             (json!({"key": "firmware/1.2.3"}), None),
             (json!({"key": "1.2.3"}), None),
-            (json!({"url": "https://example.com/a/1.2.3?token=x#/y"}), None),
+            (json!({"url": "https://example.com/a/1.2.3?token=x#y"}), None),
+            (json!({"url": "https://example.com/get?file=/1.2.3"}), None),
             (json!({"url": "https://example.com/1%2E2%2E3"}), None),
             (json!({"key": "builds/42/firmware.bin"}), Some("firmware.bin")),
             (json!({"key": "1.2.3/"}), Some("")),
-            (json!({"url": "https://example.com/get?file=/1.2.3"}), Some("get")),
+            (json!({"url": "https://example.com/a/1.2.3?token=x#/y"}), Some("y")),
+            (json!({"url": "https://example.com/get?file=1.2.3"}), Some("get")),
         ] {
             for protocol in [Value::Null, "usp".into()] {
                 let note = note(artifact.clone(), protocol);

@@ -105,6 +105,7 @@ fn answer(uri: &Uri) -> Response<&'static str> {
 }
 
 impl Functions {
+    #[allow(clippy::too_many_lines, reason = "one after the other")]
     pub(crate) fn new() -> Self {
         let aws = &aws();
         let text = || "x".to_owned();
