@@ -741,7 +741,7 @@ mod tests {
     async fn a_mismatch_after_a_resumed_download_begins_anew_once() {
         for is_good in [true, false] {
             let trial = Trial::new(vec![Answer::Serve]).await;
-            std::fs::write(trial.partial(), [1; 30_000]).unwrap();
+            std::fs::write(trial.partial(), vec![1; 30_000]).unwrap();
             std::fs::write(trial.partial().with_extension("etag"), "\"one\"").unwrap();
             let good = firmware(&trial.server.url);
             let sha256 = if is_good { good.sha256.clone() } else { Some("0".repeat(64)) };

@@ -69,7 +69,7 @@ struct ReadingBody {
     action: Monitor,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     id: Option<ReadingId>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "crate::optional_whole")]
     time: Option<i64>,
 }
 
