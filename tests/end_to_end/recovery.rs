@@ -207,8 +207,8 @@ async fn a_device_reports_on_itself_only() {
     cloud.await_recovery(&own, "one failure", |device| device.attempts == 1).await;
     // What is no report of ours, what cannot be read.
     for (payload, expected) in [
-        (json!({"_id_": own, "timestamp": "x", "status": "failed"}), "MalformedMessage"),
-        (json!({"_id_": own, "timestamp": [7], "status": "succeeded"}), "MalformedMessage"),
+        (json!({"_id_": own, "timestamp": "7", "status": "failed", "model": "x".repeat(801)}), "MalformedMessage"),
+        (json!({"_id_": own, "timestamp": "7", "status": "succeeded", "FW": "x".repeat(801)}), "MalformedMessage"),
     ] {
         let (topic, payload) = (UPDATE_REPORTS_TOPIC.to_owned(), payload.to_string().into_bytes());
         device.publish(protocol::Publication { topic, payload: payload.clone() }).await;

@@ -517,6 +517,8 @@ impl Jobs {
         match &mut job.phase {
             Phase::Running if is_of_our_lease => {
                 job.claim = new_claim;
+                // Somebody else may run it already, whatever our clock says.
+                job.lease = None;
                 job.stop(handle, After::ClaimAgain, "the cloud says that the lease is lost", now, actions);
             }
             Phase::Claiming { .. } if is_of_a_claim => {

@@ -229,7 +229,7 @@ fn outcome(status: ExitStatus, stdout: &[u8], stderr: &str) -> Outcome {
         (None, Some(signal)) => format!("killed by signal {signal}"),
         (None, None) => status.to_string(),
     };
-    let named = serde_json::from_slice(stdout).ok().and_then(|output| named_failure(&output));
+    let named = serde_json::from_slice(protocol::trimmed(stdout)).ok().and_then(|output| named_failure(&output));
     Err(named.unwrap_or_else(|| Failure::new("ProgramFailed", with_stderr(how, stderr))))
 }
 

@@ -1,7 +1,8 @@
 //! The document that a firmware job carries, and the message in which it reaches the cloud's workflow.
 
 use crate::{JobId, OperationId, ProtocolName, ThingName, optional_whole, whole};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::value::RawValue;
 
 /// The workflow that a job document asks for. A job without one is not ours to run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -108,8 +109,15 @@ pub struct NextExecution {
     #[serde(default, deserialize_with = "optional_whole")]
     pub queued_at: Option<i64>,
     /// The document, ours or not.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "readable")]
     pub job_document: serde_json::Value,
+}
+
+/// What others write in their documents may be beyond what is read here, such as a number beyond every double: then it is none of
+/// ours.
+fn readable<'de, D: Deserializer<'de>>(deserializer: D) -> Result<serde_json::Value, D::Error> {
+    let document = Box::<RawValue>::deserialize(deserializer)?;
+    Ok(serde_json::from_str(document.get()).unwrap_or_default())
 }
 
 /// `$aws/events/jobExecution/{jobId}/{operation}`: what has become of a job execution is the topic's end. It does not say which

@@ -2,12 +2,13 @@
 
 use crate::device::{ErrorBody, failed, thing_between};
 use crate::limits;
+use crate::verbatim;
 use crate::{
     Agent, Command, DecodeError, DeviceEvent, DeviceProtocol, Firmware, OperationId, Publication, Received,
     ReceivedCommand, ReplyTo, Report, Response, Step, StepOutcome, ThingName, reported_version,
 };
 use serde::{Deserialize, Deserializer, Serialize};
-use serde_json::Value;
+use serde_json::value::RawValue;
 
 /// The encoding of JSON devices.
 pub(crate) struct Json;
@@ -44,7 +45,7 @@ enum Status {
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Answer {
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "verbatim::optional")]
     operation_id: Option<String>,
     name: Step,
     #[serde(rename = "type", skip_deserializing)]
@@ -62,8 +63,8 @@ struct Answer {
 
 /// How far a device says that it is. Nobody computes with it: what is no number of per cent is as good as none.
 fn per_cent<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u8>, D::Error> {
-    let value = Value::deserialize(deserializer)?;
-    let per_cent = value.as_f64().or_else(|| value.as_str()?.trim_end_matches('%').trim().parse().ok());
+    let text = verbatim::optional(deserializer)?;
+    let per_cent = text.and_then(|text| text.trim_end_matches('%').trim().parse::<f64>().ok());
     let per_cent = per_cent.filter(|number| (0.0..=100.0).contains(number));
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "it is within the bounds")]
     Ok(per_cent.map(|number| number as u8))
@@ -71,10 +72,7 @@ fn per_cent<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u8>, D:
 
 /// A version is a text; of a number, `1.10` among them, its digits are lost.
 fn version<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
-    match Value::deserialize(deserializer)? {
-        Value::String(version) => Ok(Some(version)),
-        _ => Ok(None),
-    }
+    Ok(serde_json::from_str(Box::<RawValue>::deserialize(deserializer)?.get()).ok())
 }
 
 impl Answer {
@@ -89,11 +87,14 @@ impl Answer {
         // A device that boots may have been told to by anybody.
         let operation_id = match self.operation_id.as_deref().map(str::parse::<OperationId>) {
             Some(Ok(operation_id)) => operation_id,
-            _ if self.name == Step::DeviceRebooted => {
+            _ if self.name == Step::DeviceRebooted && !matches!(self.status, Status::InProgress) => {
                 let event = DeviceEvent::Booted { cause: "Reboot".to_owned(), firmware_version };
                 return Ok(Report::Event(event));
             }
-            Some(Err(error)) => return Err(DecodeError::malformed("operationId", error)),
+            Some(Err(_)) => return Ok(Report::Event(DeviceEvent::Other { name: self.name.name().to_owned() })),
+            None if matches!(self.status, Status::InProgress) => {
+                return Ok(Report::Event(DeviceEvent::Other { name: self.name.name().to_owned() }));
+            }
             None => return Err(DecodeError::malformed("operationId", format!("{} needs one", self.name.name()))),
         };
         let outcome = match self.status {

@@ -20,6 +20,7 @@ pub mod settings;
 pub mod telemetry;
 mod text;
 mod usp;
+mod verbatim;
 mod whole;
 
 pub use device::{

@@ -45,7 +45,7 @@ pub fn check_object(what: &str, json: &[u8]) -> Result<(), DecodeError> {
 #[must_use]
 pub fn trimmed(json: &[u8]) -> &[u8] {
     let json = json.strip_prefix(b"\xef\xbb\xbf").unwrap_or(json);
-    let end = json.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
+    let end = json.iter().rposition(|byte| *byte != 0 && !byte.is_ascii_whitespace()).map_or(0, |last| last + 1);
     &json[..end]
 }
 
@@ -82,7 +82,7 @@ mod tests {
 
     #[test]
     fn what_some_devices_put_around_json_is_left_out() {
-        for payload in [&b"\xef\xbb\xbf7"[..], b"7\0", b"\xef\xbb\xbf 7 \r\n\0\0"] {
+        for payload in [&b"\xef\xbb\xbf7"[..], b"7\0", b"\xef\xbb\xbf 7 \r\n\0\0", b"7\0\r\n", b"7 \0 \0\n"] {
             assert_eq!(json::<u8>("number", payload), Ok(7), "{payload:?}");
         }
         for payload in [&b"7\0 8"[..], b"\0", b"\xef\xbb7"] {

@@ -314,7 +314,8 @@ fn progress(field: Option<&JsonText>) -> Option<u8> {
 /// The failure of a job whose answer is no JSON that can be read.
 fn failure_of(payload: &[u8], why: &DecodeError) -> Option<(String, WorkerMessage)> {
     // An object that was read up to a field of the wrong kind is another matter: its handle is no text.
-    let is_json = serde_json::from_slice::<serde::de::IgnoredAny>(limits::trimmed(payload)).is_ok();
+    let is_json = std::str::from_utf8(payload).is_ok()
+        && serde_json::from_slice::<serde::de::IgnoredAny>(limits::trimmed(payload)).is_ok();
     if is_json && *why != DecodeError::TooDeep {
         return None;
     }

@@ -1,6 +1,6 @@
 //! What devices say of their updates on `iot/device/data`, and what the recovery of failed ones is told.
 
-use crate::{DecodeError, OperationId, Publication, ThingName, limits};
+use crate::{DecodeError, OperationId, Publication, ThingName, limits, verbatim};
 use serde::{Deserialize, Serialize};
 
 /// The topic that devices report the end of an update on.
@@ -24,11 +24,11 @@ pub enum UpdateStatus {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UpdateReport {
     /// The device.
-    #[serde(rename = "_id_", deserialize_with = "verbatim::thing")]
+    #[serde(rename = "_id_", deserialize_with = "verbatim::parsed")]
     pub thing_name: ThingName,
     /// When the try was, as the device says, in Unix milliseconds: tells one try from another. Devices may write seconds,
-    /// milliseconds, microseconds or nanoseconds.
-    #[serde(with = "time")]
+    /// milliseconds, microseconds or nanoseconds. If it cannot be read it is later than any: see [`Self::dated`].
+    #[serde(with = "time", default = "time::unknown")]
     pub timestamp: i64,
     /// How it ended.
     pub status: UpdateStatus,
@@ -50,23 +50,24 @@ impl UpdateReport {
         Publication { topic: UPDATE_REPORTS_TOPIC.to_owned(), payload }
     }
 
-    /// Reads the message in the cloud; none if it names no device, and so is of quite another kind: whoever else may use the topic
-    /// has messages of his own.
+    /// Reads the message in the cloud; none if it names no device or does not say how an update has ended, and so is of quite another
+    /// kind: whoever else may use the topic has messages of his own.
     pub fn read(payload: &[u8]) -> Result<Option<Self>, DecodeError> {
         #[derive(Deserialize)]
         struct Named {
             #[serde(rename = "_id_", default, deserialize_with = "verbatim::optional")]
             id: Option<String>,
+            #[serde(default, deserialize_with = "verbatim::optional")]
+            status: Option<String>,
         }
-        let Named { id } = limits::json(UPDATE_REPORTS_TOPIC, payload)?;
-        match id.map(|id| id.parse::<ThingName>()) {
-            Some(Ok(_)) => Self::decode(payload).map(Some),
-            _ => Ok(None),
-        }
+        let Named { id, status } = limits::json(UPDATE_REPORTS_TOPIC, payload)?;
+        let is_named = id.is_some_and(|id| id.parse::<ThingName>().is_ok());
+        let is_ended = status.is_some_and(|status| serde_json::from_value::<UpdateStatus>(status.into()).is_ok());
+        if is_named && is_ended { Self::decode(payload).map(Some) } else { Ok(None) }
     }
 
-    /// The report, dated by the broker (Unix milliseconds) if its device is far ahead of that: until such a date came, nothing else
-    /// that the device says would be newer.
+    /// The report, dated by the broker (Unix milliseconds) if its device is far ahead of that, or has no time that can be read: until
+    /// such a date came, nothing else that the device says would be newer.
     #[must_use]
     pub fn dated(self, received_at: i64) -> Self {
         let is_ahead = self.timestamp > received_at.saturating_add(MAX_AHEAD);
@@ -139,28 +140,9 @@ pub struct RecoveryInput {
     pub cycle: u32,
 }
 
-/// Texts that some devices write as numbers: digit by digit, for `2.10` is not `2.1`.
-mod verbatim {
-    use crate::ThingName;
-    use serde::de::{Deserialize, Deserializer, Error};
-    use serde_json::value::RawValue;
-
-    /// A text, or what a number is written as; none of anything else.
-    pub(super) fn optional<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
-        let raw = Box::<RawValue>::deserialize(deserializer)?;
-        let is_number = raw.get().starts_with(|c: char| c == '-' || c.is_ascii_digit());
-        Ok(if is_number { Some(raw.get().to_owned()) } else { serde_json::from_str(raw.get()).ok() })
-    }
-
-    pub(super) fn thing<'de, D: Deserializer<'de>>(deserializer: D) -> Result<ThingName, D::Error> {
-        let name = optional(deserializer)?.ok_or_else(|| D::Error::custom("_id_: expected a thing's name"))?;
-        name.parse().map_err(D::Error::custom)
-    }
-}
-
 /// Points in time, of which the size tells the unit.
 mod time {
-    use serde::{Deserializer, Serializer, de::Error};
+    use serde::{Deserializer, Serializer};
 
     /// The year 5138 in seconds is 1973 in milliseconds, and so on.
     const FIRST_MILLISECONDS: i64 = 100_000_000_000;
@@ -176,13 +158,22 @@ mod time {
         let text = super::verbatim::optional(deserializer)?.unwrap_or_default();
         let number = text.trim();
         // A fraction of a unit is less than what tells two tries apart.
-        let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
-        let is_number = whole.bytes().chain(fraction.bytes()).all(|byte| byte.is_ascii_digit());
-        let value = whole.parse().ok().filter(|_| is_number).map(milliseconds);
-        value.ok_or_else(|| {
-            let shown: String = text.chars().take(40).collect();
-            D::Error::custom(format!("timestamp: got {shown:?}, expected Unix time: a number, or a text of digits"))
-        })
+        let whole = number.split('.').next().unwrap_or_default();
+        let value = if number.contains(['e', 'E']) { floating(number) } else { whole.parse().ok() };
+        Ok(value.filter(|value| *value >= 0).map_or(unknown(), milliseconds))
+    }
+
+    /// Later than any time that there is.
+    pub(super) fn unknown() -> i64 {
+        i64::MAX
+    }
+
+    /// As some libraries write large numbers.
+    fn floating(number: &str) -> Option<i64> {
+        const BEYOND_64_BITS: f64 = 9_223_372_036_854_775_808.0;
+        let number: f64 = number.parse().ok()?;
+        #[expect(clippy::cast_possible_truncation, reason = "it is within the bounds")]
+        (0.0..BEYOND_64_BITS).contains(&number).then_some(number as i64)
     }
 
     fn milliseconds(value: i64) -> i64 {
@@ -211,10 +202,16 @@ mod tests {
 
     #[test]
     fn a_message_of_another_kind_is_no_report_and_no_error() {
-        for other in [r#"{"status":"failed","pump":7}"#, r#"{"_id_":[7],"status":"failed"}"#, r#"{"_id_":"a/b"}"#] {
+        for other in [
+            r#"{"status":"failed","pump":7}"#,
+            r#"{"_id_":[7],"status":"failed"}"#,
+            r#"{"_id_":"a/b"}"#,
+            r#"{"_id_":"a","temperature":21}"#,
+            r#"{"_id_":"a","timestamp":1,"status":"online"}"#,
+        ] {
             assert_eq!(UpdateReport::read(other.as_bytes()).unwrap(), None, "{other}");
         }
-        for broken in ["", "7", r#"{"_id_":"a","timestamp":true,"status":"failed"}"#] {
+        for broken in ["", "7", "{\"status\": fail"] {
             assert!(UpdateReport::read(broken.as_bytes()).is_err(), "{broken}");
         }
         let report = br#"{"_id_":"a","timestamp":"1","status":"failed"}"#;
@@ -227,12 +224,6 @@ mod tests {
         for (field, report) in [
             ("_id_", r#"{"timestamp":"1","status":"failed"}"#.to_owned()),
             ("a/b", r#"{"_id_":"a/b","timestamp":"1","status":"failed"}"#.to_owned()),
-            ("timestamp", r#"{"_id_":"a","timestamp":"-1","status":"failed"}"#.to_owned()),
-            ("timestamp", r#"{"_id_":"a","timestamp":"+1","status":"failed"}"#.to_owned()),
-            ("timestamp", r#"{"_id_":"a","timestamp":"","status":"failed"}"#.to_owned()),
-            ("timestamp", r#"{"_id_":"a","timestamp":"99999999999999999999","status":"failed"}"#.to_owned()),
-            ("timestamp", r#"{"_id_":"a","timestamp":1e12,"status":"failed"}"#.to_owned()),
-            ("timestamp", r#"{"_id_":"a","timestamp":null,"status":"failed"}"#.to_owned()),
             ("FAILED", r#"{"_id_":"a","timestamp":"1","status":"FAILED"}"#.to_owned()),
             ("FW", format!(r#"{{"_id_":"a","timestamp":"1","status":"failed","FW":"{long}"}}"#)),
         ] {
@@ -274,6 +265,17 @@ mod tests {
             (time("0"), time("99999999999"), time("100000000000")),
             (Ok(0), Ok(99_999_999_999_000), Ok(100_000_000_000))
         );
+    }
+
+    #[test]
+    fn a_report_whose_time_cannot_be_read_is_dated_by_the_broker() {
+        for time in
+            ["\"-1\"", "-1", "\"\"", "\"2026-12-01T00:00:00Z\"", "null", "true", "1e300", "99999999999999999999", "[7]"]
+        {
+            let report = format!(r#"{{"_id_":"a","timestamp":{time},"status":"failed"}}"#);
+            assert_eq!(UpdateReport::decode(report.as_bytes()).unwrap().dated(7).timestamp, 7, "{time}");
+        }
+        assert_eq!(UpdateReport::decode(br#"{"_id_":"a","status":"failed"}"#).unwrap().dated(7).timestamp, 7);
     }
 
     /// Half a century ahead, and that in milliseconds: the device has lost its clock.

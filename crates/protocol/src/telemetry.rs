@@ -1,9 +1,9 @@
 //! What sensors report on `monitoring-device/building-{n}`, and what they are asked to do about it on
 //! `monitoring-device/remediation-{n}`.
 
-use crate::{Building, DecodeError, Publication, ReadingId, SensorId, limits};
+use crate::{Building, DecodeError, Publication, ReadingId, SensorId, limits, verbatim};
 use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 /// The topic of a building's readings.
 pub fn readings_topic(building: &Building) -> String {
@@ -67,10 +67,16 @@ struct ReadingBody {
     temperature: f64,
     humidity: f64,
     action: Monitor,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    id: Option<ReadingId>,
-    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "crate::optional_whole")]
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "verbatim::optional")]
+    id: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "whole_time")]
     time: Option<i64>,
+}
+
+/// A sensor's own fields may be called so, in whatever form: then they are no identity.
+fn whole_time<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<i64>, D::Error> {
+    let text = verbatim::optional(deserializer)?;
+    Ok(text.and_then(|text| text.strip_suffix(".0").unwrap_or(&text).parse().ok()))
 }
 
 impl Reading {
@@ -82,7 +88,7 @@ impl Reading {
 
     /// The message for the cloud.
     pub fn encode(&self, building: &Building) -> Publication {
-        let (id, time) = self.identity.clone().map(|identity| (identity.id, identity.time)).unzip();
+        let (id, time) = self.identity.clone().map(|identity| (identity.id.to_string(), identity.time)).unzip();
         let body = ReadingBody {
             device: self.device.clone(),
             temperature: self.temperature,
@@ -101,12 +107,7 @@ impl Reading {
     pub fn decode(payload: &[u8]) -> Result<Self, DecodeError> {
         let ReadingBody { device, temperature, humidity, action: Monitor::Monitor, id, time } =
             decode("reading", payload)?;
-        let identity = match (id, time) {
-            (Some(id), Some(time)) => Some(ReadingIdentity { id, time }),
-            (None, None) => None,
-            (Some(_), None) => return Err(DecodeError::malformed("reading", "body.time: missing beside body.id")),
-            (None, Some(_)) => return Err(DecodeError::malformed("reading", "body.id: missing beside body.time")),
-        };
+        let identity = id.and_then(|id| Some(ReadingIdentity { id: id.parse().ok()?, time: time? }));
         Ok(Self { device, temperature, humidity, identity })
     }
 }
@@ -227,8 +228,6 @@ mod tests {
             ("no sensor", with("device", json!("a/b"))),
             ("body.device: invalid type: integer", with("device", json!(930_129_302))),
             ("unknown variant `Remediate`", with("action", json!("Remediate"))),
-            ("body.time: missing", with("id", json!("r-1"))),
-            ("body.id: missing", with("time", json!(1))),
             ("bytes", format!("{}{KNOWN}", " ".repeat(1024 * 1024))),
         ] {
             let error = Reading::decode(message.as_bytes()).unwrap_err().to_string();

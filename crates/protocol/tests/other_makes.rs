@@ -193,13 +193,28 @@ fn of_an_address_the_last_part_is_decoded() {
 fn a_download_that_is_accepted_has_started_however_that_is_said() {
     let result = || OperateRespResultBuilder::new("Device.DeviceInfo.FirmwareImage.1.Download()".into());
     let id = format!("{}/7", operation());
-    for result in [result().set_path("Device.LocalAgent.Request.1".into()), result().set_output_args(Vec::new())] {
-        let answer = OperateRespBuilder::new().with_operation_results(vec![result]).build().unwrap();
+    let path = || result().set_path("Device.LocalAgent.Request.1".into());
+    let refused = || result().set_failure(7004, Some("busy".into()));
+    for results in [vec![path()], vec![result().set_output_args(Vec::new())], vec![refused(), path()]] {
+        let answer = OperateRespBuilder::new().with_operation_results(results).build().unwrap();
         let received = usp(&from_agent(&id, answer));
         assert_eq!(
             step_of(&received),
             Some((Step::DownloadStarted, &StepOutcome::Succeeded { firmware_version: None }))
         );
+    }
+}
+
+/// A search expression that fits no image has no result.
+#[test]
+fn a_download_that_nothing_begins_is_refused() {
+    let id = format!("{}/7", operation());
+    let refused = OperateRespResultBuilder::new("Device.X".into()).set_failure(7004, Some("busy".into()));
+    for (results, message) in [(vec![], "no firmware image"), (vec![refused], "busy")] {
+        let answer = OperateRespBuilder::new().with_operation_results(results);
+        let Report::Response(response) = usp(&from_agent(&id, answer.build().unwrap())).report else { panic!() };
+        let StepOutcome::Failed(failure) = response.outcome else { panic!("{response:?}") };
+        assert!(response.step == Step::DownloadStarted && failure.message.contains(message), "{failure:?}");
     }
 }
 
@@ -370,6 +385,7 @@ fn json_that_nobody_computes_with_is_taken_as_it_is() {
         ("101", None),
         ("-1", None),
         ("1e300", None),
+        ("1e999", None),
         ("null", None),
         ("\"half\"", None),
         ("[1]", None),
@@ -392,10 +408,17 @@ fn json_that_nobody_computes_with_is_taken_as_it_is() {
         assert_eq!(step_of(&json(text.as_bytes())).unwrap().0, Step::DownloadStarted, "{text:?}");
     }
     // A boot that an unknown id belongs to is a boot.
-    for id in ["\"\"", "\"from the UI\"", "null"] {
+    for id in ["\"\"", "\"from the UI\"", "null", "[7]"] {
         let text =
             format!(r#"{{"operationId":{id},"name":"DEVICE_REBOOTED","status":"SUCCESS","firmwareVersion":"1.0"}}"#);
         let received = json(text.as_bytes());
         assert!(is_event(&received) && received.runs.as_deref() == Some("1.0"), "{text}");
+    }
+    for (text, expected) in [
+        (r#"{"name":"DEVICE_REBOOTED","status":"FAIL"}"#, "Booted"),
+        (r#"{"operationId":"a b","name":"DOWNLOAD_STARTED","status":"SUCCESS"}"#, "Other"),
+        (r#"{"name":"DEVICE_REBOOTED","status":"IN_PROGRESS","progress":10}"#, "Other"),
+    ] {
+        assert!(format!("{:?}", json(text.as_bytes()).report).contains(expected), "{text}");
     }
 }

@@ -2,7 +2,7 @@
 //! need not be a thing's name (TR-369 R-ARC.2 to R-ARC.5).
 
 use crate::Error;
-use crate::aws::text;
+use crate::aws::{now_seconds, number, text};
 use crate::error::{aws, code, unbuilt};
 use aws_sdk_dynamodb::types::AttributeValue;
 use protocol::{Agent, ThingName};
@@ -10,6 +10,8 @@ use std::collections::HashMap;
 
 /// Where an operation's items have its key, an agent's has its thing's name: that holds no `#`, so no operation is called so.
 const SORT_KEY: &str = "AGENT";
+/// How long an item is kept after the agent has last said who it is, in seconds; it is kept for longer once half of that is over.
+const KEEP_SECONDS: i64 = 2 * 365 * 24 * 3600;
 
 /// The agents of things, in the table of the rendezvous.
 #[derive(Debug, Clone)]
@@ -36,22 +38,24 @@ impl Agents {
     pub async fn note(&self, thing: &ThingName, agent: &Agent) -> Result<(), Error> {
         let is_as_expected = agent.endpoint_id == thing.as_str() && agent.usp_version.is_empty();
         let condition = if is_as_expected {
-            "attribute_exists(endpointId) AND (endpointId <> :endpoint OR uspVersion <> :version)"
+            "attribute_exists(endpointId) AND (endpointId <> :endpoint OR uspVersion <> :version OR expiresAt < :soon)"
         } else {
-            "attribute_not_exists(endpointId) OR endpointId <> :endpoint OR uspVersion <> :version"
+            "attribute_not_exists(endpointId) OR endpointId <> :endpoint OR uspVersion <> :version OR expiresAt < :soon"
         };
         let update = self
             .dynamodb
             .update_item()
             .table_name(&self.table)
             .set_key(Some(key(thing)))
-            .update_expression("SET endpointId = :endpoint, uspVersion = :version")
+            .update_expression("SET endpointId = :endpoint, uspVersion = :version, expiresAt = :expiresAt")
             .condition_expression(condition)
             .expression_attribute_values(":endpoint", text(&agent.endpoint_id))
-            .expression_attribute_values(":version", text(&agent.usp_version));
+            .expression_attribute_values(":version", text(&agent.usp_version))
+            .expression_attribute_values(":expiresAt", number(now_seconds() + KEEP_SECONDS))
+            .expression_attribute_values(":soon", number(now_seconds() + KEEP_SECONDS / 2));
         match update.send().await {
             Ok(_) => {
-                tracing::info!(thing = thing.as_str(), ?agent, outcome = "APPLIED", "the agent has a new name");
+                tracing::info!(thing = thing.as_str(), ?agent, outcome = "APPLIED", "the agent is known");
                 Ok(())
             }
             Err(error) if code(&error) == Some("ConditionalCheckFailedException") => Ok(()),

@@ -76,7 +76,9 @@ struct Device<'a> {
 impl Device<'_> {
     async fn hear(&self, received: &Received) -> Result<(), Error> {
         match &received.report {
-            Report::Response(response) if response.step == Step::DeviceRebooted => {
+            Report::Response(response @ Response { step: Step::DeviceRebooted, outcome, .. })
+                if !matches!(outcome, StepOutcome::InProgress { .. }) =>
+            {
                 self.answered_boot(response, received).await
             }
             Report::Response(response) => apply(self.adapters, &self.thing, response.clone()).await.map(drop),
@@ -89,7 +91,10 @@ impl Device<'_> {
             }
             Report::Event(DeviceEvent::Other { name }) => {
                 tracing::info!(thing = self.thing.as_str(), event = name, outcome = "IGNORED");
-                Ok(())
+                match self.agent {
+                    Some(_) => self.record(Unasked::Introduction, None).await.map(drop),
+                    None => Ok(()),
+                }
             }
         }
     }

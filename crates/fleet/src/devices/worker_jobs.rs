@@ -587,7 +587,7 @@ mod tests {
             lease: 20_000,
             max_result_bytes: 1 << 20,
         };
-        (WorkerJobs::new(&config, aws_sdk_iotdataplane::Client::new(&config), limits), calls)
+        (WorkerJobs::new(&config, aws_sdk_iotdataplane::Client::from_conf((&config).into()), limits), calls)
     }
 
     #[tokio::test]

@@ -45,7 +45,7 @@ pub(super) fn of_message(message: Msg) -> Result<Received, DecodeError> {
     let id = message_id(&message);
     match message.body.map(|body| body.msg_body).unwrap_or_default() {
         OneOfmsg_body::response(response) => match response.resp_type {
-            OneOfresp_type::operate_resp(answer) => operate_response(&id, answer).map(Received::of),
+            OneOfresp_type::operate_resp(answer) => Ok(Received::of(operate_response(&id, answer))),
             OneOfresp_type::get_resp(answer) => Ok(version_response(&id, Some(answer))),
             other => Ok(Received::of(other_event(&other))),
         },
@@ -102,23 +102,26 @@ fn succeeded(step: Step, operation_id: OperationId, firmware_version: Option<Str
     Report::Response(Response { operation_id, step, outcome: StepOutcome::Succeeded { firmware_version } })
 }
 
-fn operate_response(message_id: &str, answer: OperateResp) -> Result<Report, DecodeError> {
+/// A search expression may stand for several images, and for none. One download that has begun is enough.
+fn operate_response(message_id: &str, answer: OperateResp) -> Report {
     if message_id.starts_with(CANCEL_PREFIX) {
-        return Ok(cancel_answered());
+        return cancel_answered();
     }
-    let Some(operation_id) = asked_for(message_id) else { return Ok(other_named("OperateResp")) };
-    let Some(result) = answer.operation_results.into_iter().next() else {
-        return Err(DecodeError::malformed("OperateResp", "it has no operation result"));
-    };
-    Ok(match result.operation_resp {
-        Acceptance::cmd_failure(failure) => {
-            failed(Step::DownloadStarted, operation_id, &failure.err_code.to_string(), &failure.err_msg)
+    let Some(operation_id) = asked_for(message_id) else { return other_named("OperateResp") };
+    let mut refusal = None;
+    for result in answer.operation_results {
+        match result.operation_resp {
+            Acceptance::cmd_failure(failure) => refusal = refusal.or(Some(failure)),
+            // An asynchronous command is accepted with the path of its request.
+            Acceptance::req_obj_path(_) | Acceptance::req_output_args(_) | Acceptance::None => {
+                return succeeded(Step::DownloadStarted, operation_id, None);
+            }
         }
-        // An asynchronous command is accepted with the path of its request.
-        Acceptance::req_obj_path(_) | Acceptance::req_output_args(_) | Acceptance::None => {
-            succeeded(Step::DownloadStarted, operation_id, None)
-        }
-    })
+    }
+    match refusal {
+        Some(refusal) => failed(Step::DownloadStarted, operation_id, &refusal.err_code.to_string(), &refusal.err_msg),
+        None => failed(Step::DownloadStarted, operation_id, "", "the agent has no firmware image that is available"),
+    }
 }
 
 /// Nobody waits for it: the device has dropped the download or had nothing to drop.
