@@ -18,6 +18,8 @@ const OLDEST: (u32, u32) = (3, 11);
 const COMPLETE: &str = "complete";
 /// The environment of what fills the others.
 const INSTALLER: &str = "installer";
+/// The environment of the commands that also serve AWS.
+const BUILD: &str = "build";
 
 /// A complete virtual environment.
 pub(crate) struct Venv {
@@ -43,7 +45,7 @@ impl Venv {
 pub(crate) struct Venvs {
     /// Runs the local cloud.
     pub(crate) cloud: Venv,
-    /// Holds `sam`, `cargo-lambda` and `aws`.
+    /// Holds `sam`, `cargo-lambda` and `aws` (version 2).
     pub(crate) build: Venv,
 }
 
@@ -51,7 +53,7 @@ impl Venvs {
     /// Finds both environments, or makes them.
     pub(crate) fn ready(project: &Project) -> Result<Self> {
         let python = version(project)?;
-        Ok(Self { cloud: ready(project, "cloud", &python)?, build: ready(project, "build", &python)? })
+        Ok(Self { cloud: ready(project, "cloud", &python)?, build: ready(project, BUILD, &python)? })
     }
 }
 
@@ -62,7 +64,7 @@ pub(crate) fn checks(project: &Project) -> Result<Venv> {
 
 fn version(project: &Project) -> Result<String> {
     let needed = format!("Python {}.{} or newer is needed for the local cloud", OLDEST.0, OLDEST.1);
-    let program = "import sys, venv, ensurepip; print('%d.%d' % sys.version_info[:2], sys.prefix)";
+    let program = "import sys, venv, ensurepip; print('%d.%d' % sys.version_info[:2], sys.base_prefix)";
     let output = project
         .command("python3")
         .args(["-c", program])
@@ -111,6 +113,9 @@ fn ready(project: &Project, name: &str, python: &str) -> Result<Venv> {
             let ways = &mut [uv, pip].map(|way| way(project, &installer, &venv, &requirements));
             make(project, name, &venv, &["--without-pip"], ways)?;
         }
+        if name == BUILD {
+            install_aws_cli(project, &venv)?;
+        }
         fs::write(complete, "")?;
     }
     Ok(venv)
@@ -147,18 +152,26 @@ fn make(project: &Project, name: &str, venv: &Venv, options: &[&str], ways: &mut
     Ok(())
 }
 
-/// An installation by the pip of the installer's environment.
+/// Takes the AWS CLI out of the package that holds it.
+fn install_aws_cli(project: &Project, venv: &Venv) -> Result<()> {
+    let mut install = project.tool(venv, "python");
+    install.arg(project.root.join("local/install_aws_cli.py"));
+    project.processes.run("the installation of the AWS CLI", &mut install, &venv.folder.with_extension("log"))
+}
+
+/// An installation by the pip of the installer's environment. The requirements are complete, so nothing else comes with them.
 fn pip(project: &Project, installer: &Venv, venv: &Venv, requirements: &Path) -> Command {
     let mut install = project.tool(installer, "python");
     install.args(["-m", "pip", "--python"]).arg(venv.program("python"));
-    install.args(["install", "--no-input", "--requirement"]).arg(requirements);
+    install.args(["install", "--no-input", "--no-deps", "--requirement"]).arg(requirements);
     install
 }
 
 /// The same in seconds, where pip takes a minute.
 fn uv(project: &Project, installer: &Venv, venv: &Venv, requirements: &Path) -> Command {
     let mut install = project.tool(installer, "uv");
-    install.args(["pip", "install", "--python"]).arg(venv.program("python")).arg("--requirement").arg(requirements);
+    install.args(["pip", "install", "--no-deps", "--python"]).arg(venv.program("python"));
+    install.arg("--requirement").arg(requirements);
     install
 }
 

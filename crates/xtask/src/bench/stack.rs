@@ -45,10 +45,7 @@ impl<'a> Stack<'a> {
 
     /// The URL of the queue with this name in the template.
     pub(super) fn queue(&self, name: &str) -> Result<String> {
-        // For queues version 1 of the AWS CLI knows no endpoint from the environment.
-        let endpoint = &self.cloud.endpoint;
-        let urls: Vec<String> =
-            self.aws(&["sqs", "list-queues", "--query", "QueueUrls[]", "--endpoint-url", endpoint])?;
+        let urls: Vec<String> = self.aws(&["sqs", "list-queues", "--query", "QueueUrls[]"])?;
         let part = format!("-{name}-");
         urls.into_iter().find(|url| url.contains(&part)).with_context(|| format!("no queue {name}"))
     }

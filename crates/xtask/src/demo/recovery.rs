@@ -203,8 +203,7 @@ impl Demo<'_> {
     /// Reads what operators are told, as they do, and takes it out of their queue.
     fn read_notification(&self) -> Result<()> {
         let url = self.outputs.get("RecoveryNotificationsQueueUrl")?;
-        // Version 1 of the AWS CLI, the one that pip installs, does not look at AWS_ENDPOINT_URL for queues.
-        let receive = ["sqs", "receive-message", "--queue-url", url, "--endpoint-url", &self.cloud.endpoint];
+        let receive = ["sqs", "receive-message", "--queue-url", url];
         eprintln!("$ aws {}", receive.join(" "));
         let message = self.project.processes.wait_for(
             "the message to the operators",
