@@ -3,13 +3,17 @@
 Usage: GATEWAY_PORT=4566 python ministack_local.py
 """
 
+import connections
 import dynamic_thing_groups
 import enforcement
 import event_source_batches
+import filter_patterns
+import iot_endpoint
 import job_events
 import job_retries
 import job_timeouts
 import job_transitions
+import message_moves
 import metering
 import ministack.services.lambda_svc as lambda_svc
 import schedule_times
@@ -31,13 +35,17 @@ def sqs_concurrency(mapping, *arguments, **keywords):
 
 
 lambda_svc._sqs_esm_concurrency = sqs_concurrency
+connections.install()
 dynamic_thing_groups.install()
 enforcement.install()
 event_source_batches.install()
+filter_patterns.install()
+iot_endpoint.install()
 job_events.install()
 job_retries.install()
 job_timeouts.install()
 job_transitions.install()
+message_moves.install()
 metering.install()
 schedule_times.install()
 session_tokens.install()

@@ -212,7 +212,10 @@ impl Cloud {
         let path = format!("export PATH='{}':\"$PATH\"\n", self.venvs.build.folder.join("bin").display());
         let tools = "export SAM_CLI_TELEMETRY=0 SAM_CLI_CHECK_FOR_UPDATES=0\n";
         fs::write(self.run.file("env"), format!("unset AWS_PROFILE AWS_SESSION_TOKEN\n{path}{tools}"))?;
-        self.export(self.environment())
+        self.export(self.environment())?;
+        // The simulator and the AWS CLI trust the broker, and the CLI needs no pager.
+        let ca = self.ca.display().to_string();
+        self.export([("SIMULATOR_CA", ca.clone()), ("AWS_CA_BUNDLE", ca), ("AWS_PAGER", String::new())])
     }
 
     /// Adds variables to `env`.
