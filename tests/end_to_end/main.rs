@@ -4,6 +4,7 @@
 
 mod attempts;
 mod config_push;
+mod documents;
 mod enforcement;
 mod firmware;
 mod floods;

@@ -2,10 +2,9 @@
 
 use serde_json::{Value, json};
 use std::fs;
-use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
-use tests::{Cloud, eventually, saw};
+use std::process::{Command, Output};
+use tests::{Cloud, ProcessGroup, eventually, saw, terminal};
 
 /// What a copy does without: what is built, and what Git and the local cloud keep.
 const LEFT_OUT: [&str; 3] = ["target", ".git", ".fleetflow"];
@@ -20,23 +19,12 @@ struct Commands {
 
 impl Commands {
     /// Those of the README; the local cloud is up already.
-    fn of_readme(root: &Path) -> Self {
-        let readme = fs::read_to_string(root.join("README.md")).expect("README.md");
-        let block = readme.split("```").find(|block| block.contains("cargo lambda watch --")).expect("the commands");
-        let lines: Vec<&str> = block.lines().filter(|line| !line.trim().is_empty()).collect();
-        let [up, watch, invoke] = lines[..] else { panic!("expected three commands: {block}") };
-        assert_eq!(up, "cargo xtask up");
-        Self { watch: watch.to_owned(), invoke: invoke.to_owned() }
-    }
-}
-
-/// A process with all its children, ended together.
-struct ProcessGroup(Child);
-
-impl Drop for ProcessGroup {
-    fn drop(&mut self) {
-        let _ = Command::new("kill").args(["-TERM", "--", &format!("-{}", self.0.id())]).status();
-        let _ = self.0.wait();
+    fn of_readme() -> Self {
+        let found: Vec<String> =
+            crate::documents::commands("README.md").into_iter().map(|command| command.text).collect();
+        let of =
+            |part: &str| found.iter().find(|text| text.contains(part)).unwrap_or_else(|| panic!("no {part}")).clone();
+        Self { watch: of("cargo lambda watch --"), invoke: of("cargo lambda invoke ") }
     }
 }
 
@@ -88,19 +76,6 @@ fn link_target(target: &Path) {
     }
 }
 
-/// A command line in the checkout, in a terminal that knows nothing yet of the local cloud.
-fn shell(checkout: &Path, line: &str) -> Command {
-    let mut command = Command::new("bash");
-    command.args(["-c", line]).current_dir(checkout).stdin(Stdio::null());
-    for (name, _) in std::env::vars_os() {
-        let name = name.to_string_lossy().into_owned();
-        if ["AWS_", "FLEETFLOW_", "CARGO_"].iter().any(|prefix| name.starts_with(prefix)) && name != "CARGO_HOME" {
-            command.env_remove(name);
-        }
-    }
-    command
-}
-
 fn text(output: &Output) -> String {
     format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
 }
@@ -112,7 +87,7 @@ async fn a_function_is_watched_invoked_and_edited_as_the_readme_says() {
     let cloud = Cloud::connect().await;
     let folder = Cloud::folder("watch");
     let checkout = checkout(&folder);
-    let commands = Commands::of_readme(&checkout);
+    let commands = Commands::of_readme();
     let image = cloud.upload("2.0.0", 1000).await;
     let payload = |target: &str| {
         let payload = json!({
@@ -124,12 +99,10 @@ async fn a_function_is_watched_invoked_and_edited_as_the_readme_says() {
 
     // Its log is elsewhere: whatever changes in the checkout has the function built.
     let log = fs::File::create(folder.join("watch.log")).expect("a log");
-    // If this program is killed, nobody else ends the group.
-    let guard = format!("(while kill -0 {} 2>/dev/null; do sleep 1; done; kill 0) &", std::process::id());
-    let mut watch = shell(&checkout, &format!("{guard} {}", commands.watch));
-    watch.stdout(log.try_clone().expect("a log")).stderr(log).process_group(0);
-    let watching = ProcessGroup(watch.spawn().expect("cargo lambda watch"));
-    let invoke = || shell(&checkout, &commands.invoke).output().expect("cargo lambda invoke");
+    let mut watch = terminal(&checkout, &commands.watch);
+    watch.stdout(log.try_clone().expect("a log")).stderr(log);
+    let watching = ProcessGroup::start(&mut watch);
+    let invoke = || terminal(&checkout, &commands.invoke).output().expect("cargo lambda invoke");
     let watched = || fs::read_to_string(folder.join("watch.log")).unwrap_or_default();
     let answer = eventually("create-job answers", || async {
         let output = invoke();

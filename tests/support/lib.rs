@@ -9,6 +9,7 @@ mod proxy;
 mod pushes;
 mod recoveries;
 mod scripted_device;
+mod terminal;
 mod usp_agent;
 mod workers;
 
@@ -24,6 +25,7 @@ pub use proxy::Proxy;
 pub use pushes::{Pushed, settings_api};
 pub use recoveries::ORIGINAL;
 pub use scripted_device::ScriptedDevice;
+pub use terminal::{ProcessGroup, terminal};
 pub use usp_agent::{UspAgent, UspMessage};
 pub use workers::{PlainWorker, WorkerProcess, alone, await_job};
 
