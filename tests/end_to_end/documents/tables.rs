@@ -124,7 +124,7 @@ URL=$(aws s3 presign "s3://$(output FirmwareBucketName)/firmware/9.9.9")
             ("get-pending-job-executions", "documents"),
             ("list-job-executions-for-thing", r#""executionNumber": 2"#),
             ("get-key-policy", "kms:*"),
-            ("If-Match", "412"),
+            ("If-Range", "206"),
             ("get-thing-connectivity-data", r#""connected": false"#),
         ],
         hidden: &[],
