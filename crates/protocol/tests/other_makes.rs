@@ -2,9 +2,10 @@
 //! is theirs to choose is taken as it is.
 #![allow(clippy::unwrap_used)]
 
+use protocol::fields::{ATTRIBUTE_VALUE, STATUS_DETAIL};
 use protocol::{
-    Agent, Command, DeviceEvent, Firmware, OperationId, ProtocolName, Received, Report, Response, Step, StepOutcome,
-    ThingName, protocol_of_topic,
+    Agent, Command, DeviceEvent, Firmware, OperationId, PresenceEvent, ProtocolName, Received, Report, Response, Step,
+    StepOutcome, ThingName, protocol_of_topic,
 };
 use rusp_lib::usp_builder::{
     ErrorBuilder, GetReqPathResultBuilder, GetRespBuilder, MsgBuilder, NotifyBuilder, OperateRespBuilder,
@@ -421,4 +422,28 @@ fn json_that_nobody_computes_with_is_taken_as_it_is() {
     ] {
         assert!(format!("{:?}", json(text.as_bytes()).report).contains(expected), "{text}");
     }
+}
+
+#[test]
+fn what_a_device_says_of_a_failure_fits_where_it_is_told() {
+    let received = read(ProtocolName::Json, &case("json-error-with-format-characters.json"));
+    let Some((Step::DownloadStarted, StepOutcome::Failed(failure))) = step_of(&received) else {
+        panic!("{received:?}")
+    };
+    assert!(STATUS_DETAIL.check(&failure.message).is_err(), "as the device has said it");
+    let told = STATUS_DETAIL.fit(&failure.message).unwrap();
+    assert!(STATUS_DETAIL.check(&told).is_ok() && told.contains("space"), "{told}");
+}
+
+#[test]
+fn a_version_that_no_attribute_holds_is_none_for_a_job() {
+    let job: serde_json::Value = serde_json::from_slice(&case("job-version-with-build-metadata.json")).unwrap();
+    assert!(ATTRIBUTE_VALUE.check(job["firmwareVersion"].as_str().unwrap()).is_err());
+}
+
+#[test]
+fn others_connections_are_events_or_nothing() {
+    let event = |name: &str| PresenceEvent::read(serde_json::from_slice(&case(name)).unwrap()).unwrap();
+    assert_eq!(event("presence-connect-failed.json"), None);
+    assert!(event("presence-iotconsole.json").unwrap().client_id.starts_with("iotconsole-"));
 }
