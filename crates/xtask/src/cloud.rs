@@ -26,6 +26,9 @@ const HEALTH_INTERVAL: Duration = Duration::from_millis(100);
 const HEALTH_LIMIT: Duration = Duration::from_mins(1);
 const START_ATTEMPTS: usize = 3;
 
+/// How programs, as opposed to people, want the AWS CLI: payloads as they are, times as numbers.
+const AWS_CONFIG: &str = "[default]\ncli_binary_format = raw-in-base64-out\ncli_timestamp_format = wire\n";
+
 /// What `up` takes.
 #[derive(Args)]
 pub(crate) struct UpOptions {
@@ -200,7 +203,7 @@ impl Cloud {
         Ok(cloud)
     }
 
-    /// Writes `ca.pem`, `cloud.json` and `env`.
+    /// Writes `ca.pem`, `cloud.json`, `aws-config` and `env`.
     fn describe(&self, detached: bool) -> Result<()> {
         let ca = get(&format!("{}/_ministack/iot/ca.pem", self.endpoint))
             .context("MiniStack does not hand out the certificate of its MQTT broker")?;
@@ -209,6 +212,7 @@ impl Cloud {
         let mut processes = vec![("ministack", &self.ministack), ("stepfunctions", &self.stepfunctions)];
         processes.extend(self.proxy.as_ref().map(|(proxy, _)| ("aws-proxy", proxy)));
         self.run.record(record, &processes)?;
+        fs::write(self.run.file("aws-config"), AWS_CONFIG)?;
         let path = format!("export PATH='{}':\"$PATH\"\n", self.venvs.build.folder.join("bin").display());
         let tools = "export SAM_CLI_TELEMETRY=0 SAM_CLI_CHECK_FOR_UPDATES=0\n";
         fs::write(self.run.file("env"), format!("unset AWS_PROFILE AWS_SESSION_TOKEN\n{path}{tools}"))?;
@@ -246,7 +250,7 @@ impl Cloud {
     /// A program of the build environment (`sam`, `aws`) that talks to this cloud.
     pub(crate) fn tool(&self, project: &Project, program: &str) -> Command {
         let mut command = project.tool(&self.venvs.build, program);
-        command.envs(self.environment());
+        command.envs(self.environment()).env("AWS_CONFIG_FILE", self.run.file("aws-config"));
         command
     }
 
