@@ -288,7 +288,13 @@ mod tests {
         }
         assert_eq!(journal.entries().unwrap().len(), 1);
         assert_eq!(journal.result("t").unwrap(), b"[1]");
+        // Who is reading the old one meanwhile reads all of it: the new one takes its place, and is not written into it.
+        let mut old = File::open(journal.path("t", "json")).unwrap();
+        let length = old.metadata().unwrap().len();
         journal.record("t", stored()).unwrap();
+        let mut text = String::new();
+        io::Read::read_to_string(&mut old, &mut text).unwrap();
+        assert!(text.len() as u64 == length && !text.contains("stored"), "{text}");
         assert_eq!(journal.get("t").unwrap().unwrap().stored, Some(stored()));
         // They go in the end.
         let later = Duration::ZERO;
