@@ -480,6 +480,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     (
         "PublishToDeviceFunctionRole",
         &[
+            "dynamodb:GetItem RendezvousTable",
             "dynamodb:GetItem WorkerJobsTable",
             "dynamodb:PutItem WorkerJobsTable",
             "dynamodb:UpdateItem RendezvousTable",
@@ -542,6 +543,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "sqs:ReceiveMessage FailedUpdatesQueue",
             "sqs:SendMessage DeadLetterQueue",
             "sqs:SendMessage RecoveriesQueue",
+            "sqs:SendMessage SucceededUpdatesQueue",
         ],
     ),
     (
