@@ -176,7 +176,9 @@ impl Recovery {
                 .await
             }
             Event::Malformed => {
-                self.say(&json!({"_id_": thing, "timestamp": "x", "status": "failed"})).await;
+                let too_long = "x".repeat(801);
+                let timestamp = now().to_string();
+                self.say(&json!({"_id_": thing, "timestamp": timestamp, "status": "failed", "model": too_long})).await;
                 Ok(())
             }
             Event::Oversized => {
