@@ -1,5 +1,5 @@
 //! What USP agents call themselves. Messages to them are addressed so, for they drop what is addressed to others; an endpoint id
-//! need not be a thing's name (TR-369 R-ARC.2 to R-ARC.5).
+//! need not be a thing's name (TR-369, R-E2E.1).
 
 use crate::Error;
 use crate::aws::{now_seconds, number, text};
@@ -37,11 +37,9 @@ impl Agents {
     /// before.
     pub async fn note(&self, thing: &ThingName, agent: &Agent) -> Result<(), Error> {
         let is_as_expected = agent.endpoint_id == thing.as_str() && agent.usp_version.is_empty();
-        let condition = if is_as_expected {
-            "attribute_exists(endpointId) AND (endpointId <> :endpoint OR uspVersion <> :version OR expiresAt < :soon)"
-        } else {
-            "attribute_not_exists(endpointId) OR endpointId <> :endpoint OR uspVersion <> :version OR expiresAt < :soon"
-        };
+        let whose =
+            if is_as_expected { "attribute_exists(endpointId) AND" } else { "attribute_not_exists(endpointId) OR" };
+        let condition = format!("{whose} (endpointId <> :endpoint OR uspVersion <> :version OR expiresAt < :soon)");
         let update = self
             .dynamodb
             .update_item()
@@ -66,4 +64,32 @@ impl Agents {
 
 fn key(thing: &ThingName) -> HashMap<String, AttributeValue> {
     HashMap::from([("operation".to_owned(), text(thing.as_str())), ("step".to_owned(), text(SORT_KEY))])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::{Arc, Mutex};
+
+    #[tokio::test]
+    async fn an_agent_that_is_what_its_thing_says_needs_no_item_of_its_own() {
+        use aws_smithy_http_client::test_util::infallible_client_fn;
+        for (endpoint_id, usp_version, is_needed) in
+            [("gw-1", "", false), ("gw-1", "1.3", true), ("os::012345-0A", "", true), ("os::012345-0A", "1.3", true)]
+        {
+            let asked = Arc::new(Mutex::new(String::new()));
+            let seen = Arc::clone(&asked);
+            let http = infallible_client_fn(move |request: ureq::http::Request<_>| {
+                *seen.lock().unwrap() =
+                    String::from_utf8_lossy(request.body().bytes().unwrap_or_default()).into_owned();
+                ureq::http::Response::builder().body("{}").unwrap()
+            });
+            let agents = Agents::new(&crate::aws::of_test(http), "rendezvous".into());
+            let agent = Agent { endpoint_id: endpoint_id.into(), usp_version: usp_version.into() };
+            agents.note(&"gw-1".parse().unwrap(), &agent).await.unwrap();
+            let asked = asked.lock().unwrap();
+            assert_eq!(asked.contains("attribute_not_exists(endpointId) OR"), is_needed, "{agent:?}");
+            assert_eq!(asked.contains("attribute_exists(endpointId) AND"), !is_needed, "{agent:?}");
+        }
+    }
 }
