@@ -91,11 +91,10 @@ impl Answer {
                 let event = DeviceEvent::Booted { cause: "Reboot".to_owned(), firmware_version };
                 return Ok(Report::Event(event));
             }
-            Some(Err(_)) => return Ok(Report::Event(DeviceEvent::Other { name: self.name.name().to_owned() })),
-            None if matches!(self.status, Status::InProgress) => {
-                return Ok(Report::Event(DeviceEvent::Other { name: self.name.name().to_owned() }));
+            None if !matches!(self.status, Status::InProgress) => {
+                return Err(DecodeError::malformed("operationId", format!("{} needs one", self.name.name())));
             }
-            None => return Err(DecodeError::malformed("operationId", format!("{} needs one", self.name.name()))),
+            _ => return Ok(Report::Event(DeviceEvent::Other { name: self.name.name().to_owned() })),
         };
         let outcome = match self.status {
             Status::Success => StepOutcome::Succeeded { firmware_version },

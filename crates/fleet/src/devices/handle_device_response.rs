@@ -82,9 +82,7 @@ impl Device<'_> {
                 self.answered_boot(response, received).await
             }
             Report::Response(response) => apply(self.adapters, &self.thing, response.clone()).await.map(drop),
-            Report::Event(DeviceEvent::Booted { cause, firmware_version }) => {
-                self.unasked_boot(cause.clone(), firmware_version.clone(), received).await
-            }
+            Report::Event(DeviceEvent::Booted { cause, .. }) => self.unasked_boot(cause.clone(), received).await,
             Report::Event(DeviceEvent::Introduced { name }) => {
                 tracing::info!(thing = self.thing.as_str(), event = name, agent = ?self.agent);
                 self.record(Unasked::Introduction, received.runs.clone()).await.map(drop)
@@ -102,42 +100,35 @@ impl Device<'_> {
     /// A boot that names an operation. If there is no such one, somebody else has made the device boot.
     async fn answered_boot(&self, response: &Response, received: &Received) -> Result<(), Error> {
         let operation = Operation::new(&self.thing, &response.operation_id);
-        let is_known = if received.lacks_version {
-            self.adapters.rendezvous.has_begun(&operation).await?
+        if received.lacks_version {
+            if self.adapters.rendezvous.has_begun(&operation).await? {
+                // What it answers to the question is the answer of the step.
+                self.record(Unasked::Boot, None).await?;
+                return self.ask_version(Some(&response.operation_id)).await;
+            }
         } else {
-            let arrival = apply(self.adapters, &self.thing, response.clone()).await?;
-            if let Some(arrival) = arrival.filter(|arrival| arrival.outcome != Outcome::Rejected) {
+            let Some(arrival) = apply(self.adapters, &self.thing, response.clone()).await? else { return Ok(()) };
+            if arrival.outcome != Outcome::Rejected {
                 let runs = received.runs.clone().filter(|version| arrival.is_news(version));
                 return self.record(Unasked::Boot, runs).await.map(drop);
             }
-            false
-        };
-        if is_known {
-            // What it answers is the answer of the step.
-            self.record(Unasked::Boot, None).await?;
-            return self.ask_version(Some(&response.operation_id)).await;
         }
         // Another stack's operation, or one that is long over: what its device says of itself is not to be believed after a
         // download has failed, and only that stack knows whether it has.
         if response.operation_id.names_a_job_execution() {
             return Ok(());
         }
-        self.unasked_boot(response.operation_id.to_string(), received.runs.clone(), received).await
+        self.unasked_boot(response.operation_id.to_string(), received).await
     }
 
-    async fn unasked_boot(
-        &self,
-        cause: String,
-        firmware_version: Option<String>,
-        received: &Received,
-    ) -> Result<(), Error> {
+    async fn unasked_boot(&self, cause: String, received: &Received) -> Result<(), Error> {
         if !self.record(Unasked::Boot, received.runs.clone()).await? || !self.adapters.owns_device_topics {
             return Ok(());
         }
         if received.lacks_version {
             self.ask_version(None).await?;
         }
-        publish_boot(self.adapters, &self.thing, cause, firmware_version).await
+        publish_boot(self.adapters, &self.thing, cause, received.runs.clone()).await
     }
 
     /// Records what a device has said of itself, unless it has said such things too often; whether it was heard.

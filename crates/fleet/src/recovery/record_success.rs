@@ -20,7 +20,7 @@ pub struct Adapters {
 pub async fn handle(adapters: &Adapters, body: &str) -> Result<(), Error> {
     let Adapters { registry, allowances } = adapters;
     let message = MqttMessage::parse(body)?;
-    let report = reports::heard(&registry.iot, allowances, &message).await?;
+    let report = reports::heard(&registry.iot, allowances, &message, message.update_report()?).await?;
     let Some((report, received_at)) = report else { return Ok(()) };
     let thing = &report.thing_name;
     let (device, outcome) =

@@ -5,14 +5,15 @@ use crate::queue::MqttMessage;
 use crate::{Error, things};
 use protocol::recovery::UpdateReport;
 
-/// A report on an update of a thing, and when the broker got it (Unix milliseconds); none if the message is about what is no thing, or
-/// one of too many. They are counted for whoever speaks: a device that speaks for others does not use up what these may say.
+/// The report of a message, and when the broker got it (Unix milliseconds); none if the message is none, is about what is no thing, or
+/// is one of too many. They are counted for whoever speaks: a device that speaks for others does not use up what these may say.
 pub(super) async fn heard(
     iot: &aws_sdk_iot::Client,
     allowances: &Allowances,
     message: &MqttMessage,
+    report: Option<(UpdateReport, i64)>,
 ) -> Result<Option<(UpdateReport, i64)>, Error> {
-    let Some((report, received_at)) = message.update_report()? else {
+    let Some((report, received_at)) = report else {
         tracing::info!(topic = message.topic, outcome = "IGNORED", "no report: it names no thing");
         return Ok(None);
     };

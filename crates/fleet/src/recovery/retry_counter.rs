@@ -33,10 +33,11 @@ pub struct Adapters {
 pub async fn handle(adapters: &Adapters, body: &str) -> Result<(), Error> {
     let message = MqttMessage::parse(body)?;
     // What the topic rules could not read comes here, and may be a success.
-    if message.update_report()?.is_some_and(|(report, _)| report.status == UpdateStatus::Succeeded) {
+    let report = message.update_report()?;
+    if report.as_ref().is_some_and(|(report, _)| report.status == UpdateStatus::Succeeded) {
         return adapters.successes.send(body).await;
     }
-    let report = reports::heard(&adapters.iot, &adapters.allowances, &message).await?;
+    let report = reports::heard(&adapters.iot, &adapters.allowances, &message, report).await?;
     let Some((report, received_at)) = report else { return Ok(()) };
     let input = count(adapters, failure(report, received_at)?).await?;
     if matches!(input.decision, Decision::Park | Decision::Quarantine) {
