@@ -25,7 +25,7 @@ pub enum Unasked {
     Boot,
     /// It has come online.
     Session,
-    /// It is who it says it is, or runs the version that it says.
+    /// It has said who it is, or which version it runs.
     Introduction,
 }
 

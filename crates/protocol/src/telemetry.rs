@@ -83,7 +83,7 @@ impl Reading {
     /// The temperatures that a sensor on Earth can measure, in degrees Celsius.
     pub const TEMPERATURES: std::ops::RangeInclusive<f64> = -100.0..=200.0;
     /// What sensors say of relative humidity, in percent. In wet or dry air they measure a little more than there can be: the
-    /// formula of a common one ranges so (`SHT4x` data sheet, 4.6). That is kept as it was measured, and the temperature with it.
+    /// formula of a common one ranges so (Sensirion's `SHT4x`). That is kept as it was measured, and the temperature with it.
     pub const HUMIDITIES: std::ops::RangeInclusive<f64> = -6.0..=119.0;
 
     /// The message for the cloud.

@@ -27,7 +27,7 @@ pub(crate) struct Usp;
 
 /// Our endpoint id; devices in the field are configured with it.
 const CONTROLLER: &str = "self::aws-dm-controller";
-/// TR-369 (2.5.3) wants a text in a search expression in quotes. The reference agent was only ever seen to be asked without them,
+/// TR-369 wants a text in a search expression in quotes. The reference agent was only ever seen to be asked without them,
 /// and it is known by naming no version of USP in its records.
 const DOWNLOAD: &str = "Device.DeviceInfo.FirmwareImage.[Status==\"Available\"].Download()";
 const REFERENCE_DOWNLOAD: &str = "Device.DeviceInfo.FirmwareImage.[Status==Available].Download()";

@@ -28,8 +28,7 @@ pub(super) fn of_record(record: &OneOfrecord_type) -> Report {
     }
 }
 
-/// The message id and the subscription of a notification that wants to be answered: whatever it says, it comes again until it is
-/// (TR-369 R-NOT.1).
+/// The message id and the subscription of a notification that wants to be answered: whatever it says, it comes again until it is.
 pub(super) fn response_wanted(message: &Msg) -> Option<(String, String)> {
     let OneOfmsg_body::request(request) = &message.body.as_ref()?.msg_body else { return None };
     let OneOfreq_type::notify(notify) = &request.req_type else { return None };
@@ -216,7 +215,7 @@ fn transfer_report(params: &Params) -> Report {
     failed(Step::FirmwareTransferred, operation_id, code, message)
 }
 
-/// A boolean as TR-106 (3.2.2) writes it.
+/// A boolean as TR-106 writes it.
 fn truth(text: &str) -> Option<bool> {
     match text.trim().to_ascii_lowercase().as_str() {
         "true" | "1" => Some(true),
